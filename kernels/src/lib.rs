@@ -1,0 +1,1 @@
+//! Every piece of math of the trainer, one file per operation.

@@ -1,0 +1,3 @@
+//! The `oxitron` command.
+
+fn main() {}

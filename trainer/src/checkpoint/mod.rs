@@ -1,0 +1,1 @@
+//! Mesh-free checkpoints: saved on any mesh, loaded on any other.

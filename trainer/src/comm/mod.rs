@@ -1,0 +1,1 @@
+//! Collectives behind one lane type: Solo, Threads and MPI.
