@@ -156,8 +156,9 @@ install_libtorch() {
         how+=(--no-index --find-links "$wheels")
     fi
     # pip builds in TMPDIR and moves from there: keep it on the disk of the target.
-    TMPDIR=$partial/tmp python3 -m pip install --no-compile --disable-pip-version-check \
-        --target "$partial/root" "${how[@]}" "${packages[@]}" || no_wheels "$variant"
+    TMPDIR=$partial/tmp PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 \
+        python3 -m pip install --no-compile --target "$partial/root" \
+        "${how[@]}" "${packages[@]}" || no_wheels "$variant"
     usable "$partial/root/torch" ||
         die "pip installed no libtorch $torch_version (its words are above)"
     mv "$partial/root" "$target"
@@ -165,13 +166,17 @@ install_libtorch() {
     flock -u 9
 }
 
+# Says which files to bring to a machine that pip could not fetch them for.
 no_wheels() {
-    local names=("torch-$torch_version-cp${python_tag/./}-cp${python_tag/./}-manylinux_2_28_$(uname -m).whl")
-    local download="python3 -m pip download --only-binary=:all: --python-version $python_tag"
+    local python=cp${python_tag/./} machine names download
+    machine=$(uname -m)
+    names=("torch-$torch_version-$python-$python-manylinux_2_28_$machine.whl")
+    download="python3 -m pip download --only-binary=:all: --python-version $python_tag"
     if [ "$1" = cpu ]; then
-        names+=("nvidia_cuda_runtime-13.0.*-py3-none-manylinux*_$(uname -m).whl"
-            "nvidia_cuda_cupti-13.0.*-py3-none-manylinux*_$(uname -m).whl")
-        download+=" --no-deps torch==$torch_version 'nvidia-cuda-runtime==13.0.*' 'nvidia-cuda-cupti==13.0.*'"
+        names+=("nvidia_cuda_runtime-13.0.*-py3-none-manylinux*_$machine.whl"
+            "nvidia_cuda_cupti-13.0.*-py3-none-manylinux*_$machine.whl")
+        download+=" --no-deps torch==$torch_version"
+        download+=" 'nvidia-cuda-runtime==13.0.*' 'nvidia-cuda-cupti==13.0.*'"
     else
         names+=("and all that it depends on (the line below fetches them together)")
         download+=" torch==$torch_version"
@@ -186,7 +191,10 @@ no_wheels() {
 
 # --- cargo's configuration -----------------------------------------------------------------------
 
-configured_libtorch() { sed -n 's/^LIBTORCH = .*value = "\([^"]*\)".*/\1/p' $config 2>/dev/null || true; }
+# The libtorch that cargo's configuration names, or nothing.
+configured_libtorch() {
+    [ ! -f $config ] || sed -n 's/^LIBTORCH = .*value = "\([^"]*\)".*/\1/p' $config
+}
 
 # Tells cargo, an editor's too, where libtorch lies. `force = false`: a LIBTORCH in the environment
 # wins. The file is left untouched when it says so already, and other settings in it are kept.

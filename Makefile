@@ -1,0 +1,56 @@
+# Everything a user or a contributor runs. `make` alone lists it.
+#
+# There is one build profile, release: the C++ half of torch-sys takes minutes to compile, and a
+# second profile (or other RUSTFLAGS) would compile it again.
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup build demo test check docs clean-demo
+
+CARGO_FLAGS := --release --locked
+have = $(shell command -v $(1) 2>/dev/null)
+
+help: ## this list
+	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+
+setup: ## what a build needs: Debian packages and libtorch (CUDA=1: for a GPU machine)
+	@launch/scripts/setup.sh
+
+build: setup ## the binary, target/release/oxitron
+	cargo build $(CARGO_FLAGS)
+
+demo: build ## train a model on real text, 4k to 32k, and export it; results in runs/demo
+	@launch/scripts/demo.sh
+
+clean-demo: ## remove runs/demo
+	rm -rf runs/demo
+
+test: build ## all tests (cargo-nextest where installed)
+ifneq ($(call have,cargo-nextest),)
+	cargo nextest run $(CARGO_FLAGS) --workspace
+	cargo test $(CARGO_FLAGS) --workspace --doc
+else
+	cargo test $(CARGO_FLAGS) --workspace
+endif
+	tests/setup_test.sh
+	tests/docs_test.sh
+
+check: setup ## formatting, lints, documentation links, licences
+	cargo fmt --all --check
+	cargo clippy $(CARGO_FLAGS) --workspace --all-targets -- -D warnings
+	cargo clippy $(CARGO_FLAGS) -p oxitron -p oxitron-trainer --no-default-features -- -D warnings
+	RUSTDOCFLAGS='-D warnings' cargo doc $(CARGO_FLAGS) --workspace --no-deps
+ifneq ($(call have,cargo-deny),)
+	cargo deny --locked check licenses bans sources
+else
+	@echo 'check: cargo-deny is not installed: licences, bans and sources were not checked'
+endif
+	@launch/scripts/check-tree.sh
+
+docs: setup ## the book, docs/book (mdBook), and the API pages, target/doc
+	cargo doc $(CARGO_FLAGS) --workspace --no-deps
+ifneq ($(call have,mdbook),)
+	mdbook build docs
+else
+	@echo 'docs: mdbook is not installed (cargo install mdbook): read docs/src/SUMMARY.md as it is'
+endif
