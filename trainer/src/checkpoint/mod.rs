@@ -63,6 +63,9 @@ mod write;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use geometry::element_count;
+pub(crate) use manifest::is_plain_name;
+
 pub use catalogue::{
     Newest, Rejected, Scrutiny, delete, find, folder_name, newest_valid, remove_stale, retain,
 };
