@@ -1,0 +1,224 @@
+//! Every key of a configuration: name, type, default, unit, meaning.
+//!
+//! The reference page prints these tables; a test keeps it equal to them.
+
+use super::schema::Bounds::{AboveOne, BelowOne, NotNegative, Positive, UpToOne};
+use super::schema::Fallback::{Absent, From, Is, Required, Rule};
+use super::schema::Kind::{
+    Boolean, Choice, FilePattern, Integer, Name, Number, Pair, Path, Patterns, Section, Sections,
+    Shares, Text,
+};
+use super::schema::{Fallback, Key, Kind};
+
+// Bounds keep every product of sizes and every token count inside 64 bits.
+const SIZE: Kind = Integer(1, 1 << 22);
+const STEPS: Kind = Integer(0, MAX_STEPS);
+/// The most steps a stage can have.
+pub(super) const MAX_STEPS: u64 = 1_000_000_000;
+
+const fn key(
+    name: &'static str,
+    kind: Kind,
+    fallback: Fallback,
+    unit: &'static str,
+    meaning: &'static str,
+) -> Key {
+    Key {
+        name,
+        kind,
+        fallback,
+        unit,
+        meaning,
+    }
+}
+
+const OPTIONAL: Fallback = Rule("every key has a default");
+
+/// The sections of a config file.
+#[rustfmt::skip]
+pub(super) const ROOT: &[Key] = &[
+    key("run", Section(RUN), OPTIONAL, "", "What the run is called, where it lies, where it runs."),
+    key("model", Section(MODEL), Required, "",
+        "Architecture, number formats, where weights begin."),
+    key("parallel", Section(PARALLEL), OPTIONAL, "", "How a step is spread over ranks."),
+    key("data", Section(DATA), Required, "", "Token shards and how they are mixed."),
+    key("validation", Section(VALIDATION), OPTIONAL, "",
+        "Documents held back, and when to use them."),
+    key("optimizer", Section(OPTIMIZER), Required, "",
+        "AdamW, and the learning rate of all stages."),
+    key("checkpoint", Section(CHECKPOINT), OPTIONAL, "", "When the state is saved."),
+    key("stage", Sections(STAGE), Required, "", "Context stages, in order."),
+];
+
+/// `[run]`
+#[rustfmt::skip]
+pub(super) const RUN: &[Key] = &[
+    key("name", Name, Rule("the config file's name without `.toml`"), "", "Name of the run."),
+    key("dir", Path, Rule("`runs/NAME` beside the config file"), "",
+        "Run directory: resolved config, metrics, logs, checkpoints."),
+    key("seed", Integer(0, i64::MAX as u64), Is("0"), "",
+        "Seed of the initial weights and of the data order."),
+    key("device", Choice(&["auto", "cpu"]), Is("\"auto\""), "",
+        "Where to compute; `auto` takes the best that is there."),
+    key("threads", Integer(1, 4096), Absent("the cores of the machine divided by its ranks"),
+        "threads per rank", "Compute threads."),
+];
+
+/// `[model]`
+#[rustfmt::skip]
+pub(super) const MODEL: &[Key] = &[
+    key("preset", Text, Absent("all sizes are given here"), "",
+        "Sizes from a model of `configs/models/`, by file name without `.toml`; any key beside \
+         it overrides that one value."),
+    key("family", Choice(&["llama"]), Is("\"llama\""), "",
+        "Architecture: RMSNorm, half-split RoPE, grouped-query attention, SwiGLU, no biases. \
+         InternLM2 is this once its fused `wqkv` is unpacked."),
+    key("vocab_size", Integer(1, 1 << 31), Required, "tokens", "Rows of the embedding."),
+    key("hidden_size", SIZE, Required, "", "Width of the residual stream."),
+    key("intermediate_size", SIZE, Required, "", "Width of the SwiGLU."),
+    key("num_layers", Integer(1, 1 << 14), Required, "", "Blocks."),
+    key("num_heads", Integer(1, 1 << 16), Required, "", "Query heads."),
+    key("num_kv_heads", Integer(1, 1 << 16), From("model.num_heads"), "",
+        "Key and value heads; divides `num_heads`."),
+    key("head_dim", Integer(2, 1 << 16), Rule("`hidden_size / num_heads`"), "",
+        "Width of a head; even."),
+    key("rms_norm_eps", Number(Positive), Is("1e-5"), "",
+        "Added to the mean square inside the root."),
+    key("rope_base", Number(AboveOne), Is("10000.0"), "",
+        "RoPE base (theta) of the stages that do not set their own."),
+    key("tie_word_embeddings", Boolean, Is("false"), "", "The output matrix is the embedding."),
+    key("dtype", Choice(&["auto", "bf16", "fp32"]), Is("\"auto\""), "",
+        "Number format of weights and activations; `auto` takes bf16 where the processor \
+         multiplies it fast, else fp32. The choice is recorded and kept on resume."),
+    key("residual_dtype", Choice(&["fp32", "bf16"]), Is("\"fp32\""), "",
+        "Number format of the residual stream."),
+    key("init_std", Number(Positive), Is("0.02"), "",
+        "Standard deviation of the initial weights; projections into the residual stream use it \
+         times `1/√(2·num_layers)`."),
+    key("init_from", Path, Absent("random initial weights"), "",
+        "A checkpoint or a Hugging Face folder to take the weights from. An existing run \
+         directory wins over it."),
+    key("freeze", Patterns, Is("[]"), "",
+        "Tensors that are not trained, matched against whole Hugging Face names such as \
+         `model.layers.0.self_attn.q_proj.weight`."),
+];
+
+/// `[parallel]`
+#[rustfmt::skip]
+pub(super) const PARALLEL: &[Key] = &[
+    key("zero_stage", Integer(1, 1), Is("1"), "",
+        "What is sharded: 1 is optimizer state and master weights."),
+    key("shard_size", Choice(&["world"]), Is("\"world\""), "",
+        "Ranks that together hold one copy of the sharded state."),
+    key("grad_reduce_dtype", Choice(&["fp32", "bf16"]), Is("\"fp32\""), "",
+        "Number format of gradients on the wire; they are summed in fp32."),
+    key("overlap", Boolean, Is("true"), "", "Communicate while computing."),
+    key("recompute", Choice(&["none", "full"]), Is("\"none\""), "",
+        "`full` keeps only the input of each block and computes the rest again in backward."),
+];
+
+/// `[data]`
+#[rustfmt::skip]
+pub(super) const DATA: &[Key] = &[
+    key("tokenizer", Path, Absent("none is copied on export"), "",
+        "The `tokenizer.json` that made the shards; goes into exported models."),
+    key("lock", Path, Rule("`dataset.lock` in `run.dir`"), "",
+        "Record of the files, their checksums and their index; made on first use."),
+    key("window_tokens", Integer(2, 1 << 40), Is("4194304"), "tokens",
+        "Documents are shuffled within windows of this size; at least the longest `seq_len`."),
+    key("packing", Choice(&["concat"]), Is("\"concat\""), "",
+        "Documents follow one another; one that does not fit is cut and goes on in the next \
+         sample."),
+    key("source", Sections(SOURCE), Required, "", "The parts of the mixture."),
+];
+
+/// `[[data.source]]`
+#[rustfmt::skip]
+pub(super) const SOURCE: &[Key] = &[
+    key("name", Name, Required, "", "Name of the source; no two are equal."),
+    key("path", FilePattern, Required, "",
+        "Its token shards: a Parquet file or a pattern such as `code/*.parquet`."),
+    key("weight", Number(Positive), Is("1.0"), "share of tokens",
+        "Its part of the mixture, relative to the other sources."),
+    key("max_epochs", Number(Positive), Absent("no limit"), "epochs",
+        "How often its documents may be used; needing more is an error."),
+];
+
+/// `[validation]`
+#[rustfmt::skip]
+pub(super) const VALIDATION: &[Key] = &[
+    key("fraction", Number(BelowOne), Is("0.0"), "share of documents",
+        "Documents held back from training, chosen by a hash of their id; 0 turns validation \
+         off."),
+    key("every_steps", Integer(1, MAX_STEPS), Is("100"), "steps",
+        "Validation interval; it also happens at the end of each stage."),
+    key("batches", Integer(1, 1 << 20), Is("8"), "global batches",
+        "The most that one validation reads."),
+];
+
+/// `[optimizer]`
+#[rustfmt::skip]
+pub(super) const OPTIMIZER: &[Key] = &[
+    key("lr", Number(Positive), Required, "", "Peak learning rate."),
+    key("betas", Pair(BelowOne), Is("[0.9, 0.95]"), "",
+        "Decay rates of the first and second moment."),
+    key("eps", Number(Positive), Is("1e-8"), "", "Added to the root of the second moment."),
+    key("weight_decay", Number(NotNegative), Is("0.1"), "per step, times the learning rate",
+        "Decoupled weight decay."),
+    key("no_decay", Patterns, Is("[\"*norm.weight\", \"*.bias\"]"), "",
+        "Tensors without weight decay, matched like `model.freeze`."),
+    key("clip_norm", Number(NotNegative), Is("1.0"), "",
+        "Gradients are scaled down to this global norm; 0 turns clipping off."),
+    key("warmup_steps", STEPS, Is("0"), "steps", "Linear warm-up at the start of a stage."),
+    key("schedule", Choice(&["cosine", "linear", "constant", "wsd"]), Is("\"cosine\""), "",
+        "How the learning rate goes from its peak to its end."),
+    key("min_lr_ratio", Number(UpToOne), Is("0.1"), "share of the peak",
+        "Learning rate of a stage's last step; `constant` has no use for it."),
+    key("decay_steps", Integer(1, MAX_STEPS), Absent("see `stage.decay_steps`"), "steps",
+        "`wsd`: length of the final decay."),
+    key("decay_shape", Choice(&["sqrt", "linear", "cosine"]), Is("\"sqrt\""), "",
+        "`wsd`: shape of the final decay."),
+];
+
+/// `[checkpoint]`
+#[rustfmt::skip]
+pub(super) const CHECKPOINT: &[Key] = &[
+    key("every_steps", Integer(1, MAX_STEPS), Is("500"), "steps",
+        "Save interval; the end of each stage is saved too."),
+    key("keep", Integer(1, 1 << 20), Is("3"), "checkpoints", "Newest checkpoints kept."),
+    key("dir", Path, Rule("`checkpoints` in `run.dir`"), "", "Where checkpoints lie."),
+];
+
+/// `[[stage]]`
+#[rustfmt::skip]
+pub(super) const STAGE: &[Key] = &[
+    key("name", Name, Required, "", "Name of the stage; no two are equal."),
+    key("seq_len", Integer(1, 1 << 24), Required, "tokens", "Length of a sample."),
+    key("rope_base", Number(AboveOne), From("model.rope_base"), "", "RoPE base (theta)."),
+    key("steps", Integer(1, MAX_STEPS), Rule("`tokens / batch_tokens`, rounded up"), "steps",
+        "Length of the stage; this or `tokens`."),
+    key("tokens", Integer(1, 1 << 62), Absent("`steps` is given"), "tokens",
+        "Length of the stage; becomes `steps`, rounded up to whole steps."),
+    key("batch_tokens", Integer(1, 1 << 32), Required, "tokens",
+        "Global batch: all ranks, all micro-batches; a multiple of `seq_len`."),
+    key("micro_batch", Integer(1, 1 << 20), Is("1"), "samples per rank",
+        "Samples computed at once; gradient accumulation follows from it."),
+    key("lr", Number(Positive), From("optimizer.lr"), "", "Peak learning rate."),
+    key("warmup_steps", STEPS, From("optimizer.warmup_steps"), "steps",
+        "Linear warm-up at the start of the stage."),
+    key("schedule", Choice(&["cosine", "linear", "constant", "wsd"]), From("optimizer.schedule"),
+        "", "How the learning rate goes from its peak to its end."),
+    key("min_lr_ratio", Number(UpToOne), From("optimizer.min_lr_ratio"), "share of the peak",
+        "Learning rate of the last step."),
+    key("decay_steps", Integer(1, MAX_STEPS),
+        Rule("`wsd`: `optimizer.decay_steps`, else a tenth of `steps`, at least 1"),
+        "steps", "Length of the final decay; only with `schedule = \"wsd\"`."),
+    key("decay_shape", Choice(&["sqrt", "linear", "cosine"]),
+        Rule("`wsd`: `optimizer.decay_shape`"),
+        "", "Shape of the final decay; only with `schedule = \"wsd\"`."),
+    key("optimizer", Choice(&["keep", "reset"]), Is("\"keep\""), "",
+        "`reset` forgets AdamW's moments and time on entry to the stage."),
+    key("weights", Shares, Rule("`weight` of each `[[data.source]]`"), "shares of tokens",
+        "Mixture of this stage, `{ code = 0.3, web = 0.7 }`; a source that is not named is not \
+         used."),
+];

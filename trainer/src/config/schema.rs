@@ -1,0 +1,310 @@
+//! What a key may hold, and the check of a tree against the table of all keys.
+//!
+//! The table itself is in [`super::keys`]. One entry there is the only declaration of a key's name,
+//! type, range, default and meaning: this check, the defaults and the reference page
+//! (`docs/src/config.md`, compared by a test) all read it.
+
+use super::error::{ConfigError, Problem, refuse_if_any};
+use super::source::{Origin, Sources};
+use super::tree::{Node, Table, Value};
+
+/// One key of a section.
+#[derive(Debug)]
+pub(super) struct Key {
+    pub name: &'static str,
+    pub kind: Kind,
+    pub fallback: Fallback,
+    /// Unit of a number, or nothing.
+    pub unit: &'static str,
+    /// One sentence for the reference page, in Markdown.
+    pub meaning: &'static str,
+}
+
+/// What a key holds.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Kind {
+    /// A whole number in this range, ends included.
+    Integer(u64, u64),
+    /// A finite number, whole or not.
+    Number(Bounds),
+    /// Two numbers in a list.
+    Pair(Bounds),
+    Boolean,
+    /// A name used in paths and tables: letters, digits, `_`, `-` and `.`, not beginning with `.`.
+    Name,
+    Text,
+    /// A file or folder.
+    Path,
+    /// A file, or a pattern that files match.
+    FilePattern,
+    /// A list of patterns for tensor names.
+    Patterns,
+    /// One of these strings.
+    Choice(&'static [&'static str]),
+    /// A table from a name to a share.
+    Shares,
+    /// `[name]`
+    Section(&'static [Key]),
+    /// `[[name]]`, at least one.
+    Sections(&'static [Key]),
+}
+
+/// The numbers allowed.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Bounds {
+    /// Greater than 0.
+    Positive,
+    /// 0 or greater.
+    NotNegative,
+    /// From 0 to 1, ends included.
+    UpToOne,
+    /// From 0, less than 1.
+    BelowOne,
+    /// Greater than 1.
+    AboveOne,
+}
+
+/// What holds when a key is absent.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Fallback {
+    /// The key must be there.
+    Required,
+    /// This value, as TOML.
+    Is(&'static str),
+    /// The value of another key (full path).
+    From(&'static str),
+    /// What the rule says (Markdown); computed in [`super::resolve`].
+    Rule(&'static str),
+    /// The key stays absent, which means this (Markdown).
+    Absent(&'static str),
+}
+
+impl Bounds {
+    fn allow(self, number: f64) -> bool {
+        number.is_finite()
+            && match self {
+                Self::Positive => number > 0.0,
+                Self::NotNegative => number >= 0.0,
+                Self::UpToOne => (0.0..=1.0).contains(&number),
+                Self::BelowOne => (0.0..1.0).contains(&number),
+                Self::AboveOne => number > 1.0,
+            }
+    }
+
+    /// The range in symbols.
+    pub fn describe(self) -> &'static str {
+        match self {
+            Self::Positive => "> 0",
+            Self::NotNegative => "≥ 0",
+            Self::UpToOne => "from 0 to 1",
+            Self::BelowOne => "≥ 0 and < 1",
+            Self::AboveOne => "> 1",
+        }
+    }
+}
+
+impl Kind {
+    /// What the key must be, for messages and for the reference page.
+    pub fn describe(self) -> String {
+        match self {
+            Self::Integer(low, high) if low == high => format!("{low}"),
+            Self::Integer(low, high) => format!("a whole number from {low} to {high}"),
+            Self::Number(bounds) => format!("a number {}", bounds.describe()),
+            Self::Pair(bounds) => format!("a list of two numbers, each {}", bounds.describe()),
+            Self::Boolean => "true or false".to_owned(),
+            Self::Name => "a name (letters, digits, `_`, `-`, `.`)".to_owned(),
+            Self::Text => "a string".to_owned(),
+            Self::Path => "a path (string)".to_owned(),
+            Self::FilePattern => "a path or file pattern (string)".to_owned(),
+            Self::Patterns => "a list of patterns (strings)".to_owned(),
+            Self::Choice(choices) => {
+                let quoted: Vec<String> = choices.iter().map(|c| format!("{c:?}")).collect();
+                match quoted.split_last() {
+                    Some((last, rest)) if !rest.is_empty() => {
+                        format!("{} or {last}", rest.join(", "))
+                    }
+                    _ => quoted.concat(),
+                }
+            }
+            Self::Shares => "a table from source names to numbers ≥ 0".to_owned(),
+            Self::Section(_) => "a table".to_owned(),
+            Self::Sections(_) => "a list of tables".to_owned(),
+        }
+    }
+}
+
+/// Refuses unknown keys and values of a wrong type or out of range; reports all of them, in the
+/// order of the text. Absent keys are not looked at.
+pub(super) fn check(root: &Node, keys: &[Key], sources: &Sources) -> Result<(), ConfigError> {
+    let mut check = Check {
+        sources,
+        problems: Vec::new(),
+    };
+    match root.table() {
+        Some(table) => check.section(table, keys, ""),
+        None => check.wrong(root, "", "a table"),
+    }
+    refuse_if_any(check.problems)
+}
+
+/// Joins a section's path and a key.
+pub(super) fn join(section: &str, key: &str) -> String {
+    if section.is_empty() {
+        key.to_owned()
+    } else {
+        format!("{section}.{key}")
+    }
+}
+
+/// The candidate nearest to a misspelt name, if one is near enough to be meant.
+pub(super) fn nearest<'a>(
+    name: &str,
+    candidates: impl IntoIterator<Item = &'a str>,
+) -> Option<&'a str> {
+    // Jaro-Winkler likes a shared beginning (`warmup` for `warmup_steps`) but is harsh on short
+    // names with two letters swapped, which is one edit.
+    let similarity = |candidate: &str| match strsim::damerau_levenshtein(name, candidate) {
+        0 | 1 => 1.0,
+        _ => strsim::jaro_winkler(name, candidate),
+    };
+    candidates
+        .into_iter()
+        .map(|candidate| (similarity(candidate), candidate))
+        .filter(|(similarity, _)| *similarity > 0.8)
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .map(|(_, candidate)| candidate)
+}
+
+struct Check<'a> {
+    sources: &'a Sources,
+    problems: Vec<Problem>,
+}
+
+impl Check<'_> {
+    fn section(&mut self, table: &Table, keys: &[Key], path: &str) {
+        for (name, entry) in table {
+            let path = join(path, name);
+            match keys.iter().find(|key| key.name == name) {
+                Some(key) => self.value(&entry.node, key.kind, &path),
+                None => self.unknown(&entry.key, name, &path, keys),
+            }
+        }
+    }
+
+    fn unknown(&mut self, origin: &Origin, name: &str, path: &str, keys: &[Key]) {
+        let names = keys.iter().map(|key| key.name);
+        let help = match nearest(name, names.clone()) {
+            Some(near) => format!("did you mean `{near}`?"),
+            None => format!(
+                "the keys here are: {}",
+                names.collect::<Vec<_>>().join(", ")
+            ),
+        };
+        let message = format!("unknown key `{path}`");
+        self.problems
+            .push(self.sources.problem(origin, message, help));
+    }
+
+    fn value(&mut self, node: &Node, kind: Kind, path: &str) {
+        let fits = match (kind, &node.value) {
+            (Kind::Integer(low, high), _) => node
+                .unsigned()
+                .is_some_and(|number| (low..=high).contains(&number)),
+            (Kind::Number(bounds), value) => number(value).is_some_and(|n| bounds.allow(n)),
+            (Kind::Pair(bounds), Value::List(list)) => {
+                let allowed = |item: &Node| number(&item.value).is_some_and(|n| bounds.allow(n));
+                list.len() == 2 && list.iter().all(allowed)
+            }
+            (Kind::Boolean, Value::Boolean(_)) => true,
+            (Kind::Name, Value::Text(text)) => is_name(text),
+            (Kind::Text | Kind::Path | Kind::FilePattern, Value::Text(text)) => !text.is_empty(),
+            (Kind::Choice(choices), Value::Text(text)) => {
+                if !choices.contains(&text.as_str()) {
+                    return self.choice(node, text, choices, kind, path);
+                }
+                true
+            }
+            (Kind::Patterns, Value::List(list)) => {
+                for (index, item) in list.iter().enumerate() {
+                    self.pattern(item, &format!("{path}.{index}"));
+                }
+                true
+            }
+            (Kind::Shares, Value::Table(table)) => {
+                for (name, entry) in table {
+                    let kind = Kind::Number(Bounds::NotNegative);
+                    self.value(&entry.node, kind, &join(path, name));
+                }
+                true
+            }
+            (Kind::Section(keys), Value::Table(table)) => {
+                self.section(table, keys, path);
+                true
+            }
+            (Kind::Sections(keys), Value::List(list)) => {
+                for (index, item) in list.iter().enumerate() {
+                    let path = format!("{path}.{index}");
+                    match item.table() {
+                        Some(table) => self.section(table, keys, &path),
+                        None => self.wrong(item, &path, "a table"),
+                    }
+                }
+                true
+            }
+            _ => false,
+        };
+        if !fits {
+            self.wrong(node, path, &kind.describe());
+        }
+    }
+
+    fn wrong(&mut self, node: &Node, path: &str, expected: &str) {
+        let message = format!("`{path}` is {}, it must be {expected}", node.describe());
+        let key = path.rsplit('.').next().unwrap_or(path);
+        let numeric = |text: &str| text.parse::<f64>().is_ok();
+        let help = match &node.value {
+            Value::Text(text) if numeric(text) => format!("write `{key} = {text}`, without quotes"),
+            Value::Float(number) if expected.contains("whole") && number.fract() == 0.0 => {
+                format!("write it without a point or exponent: `{key} = {number}`")
+            }
+            _ => format!("give `{key}` {expected}"),
+        };
+        self.problems
+            .push(self.sources.problem(&node.origin, message, help));
+    }
+
+    fn choice(&mut self, node: &Node, text: &str, choices: &[&str], kind: Kind, path: &str) {
+        let message = format!("`{path}` is {text:?}, it must be {}", kind.describe());
+        let help = match nearest(text, choices.iter().copied()) {
+            Some(near) => format!("did you mean {near:?}?"),
+            None => "use one of these values".to_owned(),
+        };
+        self.problems
+            .push(self.sources.problem(&node.origin, message, help));
+    }
+
+    fn pattern(&mut self, node: &Node, path: &str) {
+        let Some(text) = node.text() else {
+            return self.wrong(node, path, "a pattern (string)");
+        };
+        if let Err(error) = globset::Glob::new(text) {
+            let message = format!("`{path}` is not a pattern: {error}");
+            let help = "`*` stands for any characters, `?` for one, `{a,b}` for either";
+            self.problems
+                .push(self.sources.problem(&node.origin, message, help));
+        }
+    }
+}
+
+fn number(value: &Value) -> Option<f64> {
+    match value {
+        Value::Integer(number) => Some(*number as f64),
+        Value::Float(number) => Some(*number),
+        _ => None,
+    }
+}
+
+fn is_name(text: &str) -> bool {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
+    !text.is_empty() && !text.starts_with('.') && text.chars().all(allowed)
+}

@@ -1,0 +1,372 @@
+//! Exact texts of refusals: what a user reads is part of the interface.
+
+use proptest::prelude::*;
+
+use super::{MINIMAL, load, load_with, minimal_with, refusal};
+use crate::config::Config;
+
+#[track_caller]
+fn assert_text(found: &str, expected: &str) {
+    assert!(
+        found == expected,
+        "--- found\n{found}\n--- expected\n{expected}\n---"
+    );
+}
+
+#[test]
+fn a_misspelt_key_gets_the_nearest_one() {
+    assert_text(
+        &refusal(&minimal_with("seq_len =", "seq_lenght =")),
+        "unknown key `stage.0.seq_lenght`
+  --> run.toml:13:1
+   |
+13 | seq_lenght = 4096
+   | ^^^^^^^^^^
+   = help: did you mean `seq_len`?",
+    );
+}
+
+#[test]
+fn a_key_without_a_neighbour_gets_the_list() {
+    assert_text(
+        &refusal(&format!("{MINIMAL}\n[checkpoint]\nzzz = 1\n")),
+        "unknown key `checkpoint.zzz`
+  --> run.toml:18:1
+   |
+18 | zzz = 1
+   | ^^^
+   = help: the keys here are: every_steps, keep, dir",
+    );
+}
+
+#[test]
+fn a_wrong_type_shows_value_and_place() {
+    assert_text(
+        &refusal(&minimal_with("steps = 100", "steps = \"100\"")),
+        "`stage.0.steps` is the string \"100\", it must be a whole number from 1 to 1000000000
+  --> run.toml:14:9
+   |
+14 | steps = \"100\"
+   |         ^^^^^
+   = help: write `steps = 100`, without quotes",
+    );
+    assert_text(
+        &refusal(&minimal_with("steps = 100", "tokens = 1e9")),
+        "`stage.0.tokens` is 1000000000.0, it must be a whole number from 1 to 4611686018427387904
+  --> run.toml:14:10
+   |
+14 | tokens = 1e9
+   |          ^^^
+   = help: write it without a point or exponent: `tokens = 1000000000`",
+    );
+}
+
+#[test]
+fn a_bad_choice_gets_the_nearest_one() {
+    assert_text(
+        &refusal(&minimal_with("lr = 1e-3", "lr = 1e-3\nschedule = \"cosin\"")),
+        "`optimizer.schedule` is \"cosin\", it must be \"cosine\", \"linear\", \"constant\" or \"wsd\"
+  --> run.toml:10:12
+   |
+10 | schedule = \"cosin\"
+   |            ^^^^^^^
+   = help: did you mean \"cosine\"?",
+    );
+}
+
+#[test]
+fn a_number_out_of_range_is_refused() {
+    assert_text(
+        &refusal(&minimal_with("lr = 1e-3", "lr = nan")),
+        "`optimizer.lr` is NaN, it must be a number > 0
+ --> run.toml:9:6
+  |
+9 | lr = nan
+  |      ^^^
+  = help: give `lr` a number > 0",
+    );
+}
+
+#[test]
+fn a_batch_must_be_a_multiple_of_the_sequence() {
+    assert_text(
+        &refusal(&minimal_with("65536", "65000")),
+        "`stage.0.batch_tokens` is 65000, it must be a multiple of `seq_len` (4096)
+  --> run.toml:15:16
+   |
+15 | batch_tokens = 65000
+   |                ^^^^^
+   = help: use 61440 or 65536",
+    );
+}
+
+#[test]
+fn steps_and_tokens_exclude_each_other() {
+    assert_text(
+        &refusal(&minimal_with("steps = 100", "steps = 100\ntokens = 65536")),
+        "`stage.0` has both `steps` and `tokens`
+  --> run.toml:15:1
+   |
+15 | tokens = 65536
+   | ^^^^^^
+   = help: keep the one that you mean and remove the other",
+    );
+    assert_text(
+        &refusal(&minimal_with("steps = 100\n", "")),
+        "`stage.0` has neither `steps` nor `tokens`
+  --> run.toml:11:1
+   |
+11 | [[stage]]
+   | ^^^^^^^^^
+   = help: add `steps = …` or `tokens = …`",
+    );
+}
+
+#[test]
+fn heads_must_divide() {
+    assert_text(
+        &refusal(&minimal_with("\"tiny\"", "\"tiny\"\nnum_kv_heads = 3")),
+        "`model.num_kv_heads` is 3, it must divide `model.num_heads` (8)
+ --> run.toml:3:16
+  |
+3 | num_kv_heads = 3
+  |                ^
+  = help: use one of 1, 2, 4, 8",
+    );
+    assert_text(
+        &refusal(&minimal_with("\"tiny\"", "\"tiny\"\nhidden_size = 100")),
+        "`model.hidden_size` is 100, it must be a multiple of `model.num_heads` (8)
+ --> run.toml:3:15
+  |
+3 | hidden_size = 100
+  |               ^^^
+  = help: use 96 or 104, or set `model.head_dim`",
+    );
+}
+
+#[test]
+fn missing_sections_and_keys_are_named() {
+    assert_text(
+        &refusal(&minimal_with("[optimizer]\nlr = 1e-3\n", "")),
+        "run.toml: the section `[optimizer]` is missing
+  = help: add `[optimizer]` with `lr`",
+    );
+    assert_text(
+        &refusal(&minimal_with("seq_len = 4096\n", "")),
+        "`stage.0` lacks `seq_len`
+  --> run.toml:11:1
+   |
+11 | [[stage]]
+   | ^^^^^^^^^
+   = help: add `seq_len` (a whole number from 1 to 16777216)",
+    );
+}
+
+#[test]
+fn stage_names_differ() {
+    let again = "\n[[stage]]\nname = \"4k\"\nseq_len = 8192\nsteps = 1\nbatch_tokens = 65536\n";
+    assert_text(
+        &refusal(&format!("{MINIMAL}{again}")),
+        "`stage.1.name` is \"4k\", as is `stage.0.name`; names must differ
+  --> run.toml:18:8
+   |
+18 | name = \"4k\"
+   |        ^^^^
+   = help: give one of them another name",
+    );
+}
+
+#[test]
+fn an_unknown_preset_gets_the_nearest_one() {
+    assert_text(
+        &refusal(&minimal_with("\"tiny\"", "\"internlm-1.8b\"")),
+        "`model.preset` is \"internlm-1.8b\", which is not a preset
+ --> run.toml:2:10
+  |
+2 | preset = \"internlm-1.8b\"
+  |          ^^^^^^^^^^^^^^^
+  = help: did you mean \"internlm2-1.8b\"? The presets are: tiny, demo, internlm2-1.8b, \
+llama-7b, internlm2-7b, internlm2-20b",
+    );
+}
+
+#[test]
+fn an_unreadable_file_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("absent.toml");
+    let error = Config::load(&path, &[]).unwrap_err();
+    assert_text(
+        &error.to_string(),
+        &format!(
+            "cannot read the config {}: No such file or directory (os error 2)
+  = help: name a TOML file that exists and is readable",
+            path.display()
+        ),
+    );
+    let path = folder.path().join("latin1.toml");
+    std::fs::write(&path, b"# ok\n# \xe9\n").unwrap();
+    let error = Config::load(&path, &[]).unwrap_err();
+    assert_text(
+        &error.to_string(),
+        &format!(
+            "{} is not UTF-8 text: wrong byte at offset 7, line 2
+  = help: save the file as UTF-8",
+            path.display()
+        ),
+    );
+}
+
+#[test]
+fn a_misspelt_set_points_into_the_command_line() {
+    let error = load_with(MINIMAL, &["stage.0.seq_lenght=4096"]).unwrap_err();
+    assert_text(
+        &error.to_string(),
+        "unknown key `stage.0.seq_lenght`
+ --> --set:1:9
+  |
+1 | stage.0.seq_lenght=4096
+  |         ^^^^^^^^^^
+  = help: did you mean `seq_len`?",
+    );
+}
+
+#[test]
+fn broken_syntax_has_a_place() {
+    assert_text(
+        &refusal("[model\n"),
+        "not valid TOML: unclosed table, expected `]`
+ --> run.toml:1:7
+  |
+1 | [model
+  |       ^
+  = help: correct the syntax (https://toml.io)",
+    );
+}
+
+#[test]
+fn a_stage_that_is_shorter_than_its_warmup_blames_the_line_it_inherits() {
+    assert_text(
+        &refusal(&minimal_with("lr = 1e-3", "lr = 1e-3\nwarmup_steps = 200")),
+        "`stage.0.warmup_steps` is 200, more than the 100 steps of the stage
+  --> run.toml:10:16
+   |
+10 | warmup_steps = 200
+   |                ^^^
+   = help: set `warmup_steps` of this stage to at most 100",
+    );
+}
+
+#[test]
+fn all_findings_are_shown_in_the_order_of_the_text() {
+    let text = minimal_with("lr = 1e-3", "lr = -1\nlrr = 2").replace("steps = 100", "stesp = 1");
+    let error = load(&text).unwrap_err();
+    let lines: Vec<usize> = error
+        .problems()
+        .iter()
+        .map(|problem| problem.place.as_ref().unwrap().line)
+        .collect();
+    assert_eq!(lines, [9, 10, 15]);
+    assert_eq!(error.to_string().matches("\n\n").count(), 2);
+}
+
+#[test]
+fn other_refusals_name_the_key() {
+    let cases = [
+        (
+            "name = \"4k\"",
+            "name = \"4k\"\nweights = { wbe = 1 }",
+            "did you mean `web`?",
+        ),
+        (
+            "name = \"4k\"",
+            "name = \"4k\"\nweights = { web = 0 }",
+            "gives every source a share of 0",
+        ),
+        (
+            "name = \"4k\"",
+            "name = \"4k\"\ndecay_steps = 5",
+            "has no effect with schedule",
+        ),
+        ("name = \"4k\"", "name = \"a/b\"", "must be a name"),
+        (
+            "lr = 1e-3",
+            "lr = 1e-3\nbetas = [0.9]",
+            "a list of two numbers, each ≥ 0 and < 1",
+        ),
+        (
+            "lr = 1e-3",
+            "lr = 1e-3\nno_decay = [\"a[\"]",
+            "`optimizer.no_decay.0` is not a pattern",
+        ),
+        (
+            "lr = 1e-3",
+            "lr = 99999999999999999999",
+            "does not fit into 64 bits",
+        ),
+        ("lr = 1e-3", "lr = 2026-01-01", "is the date 2026-01-01"),
+        ("\"tiny\"", "\"tiny\"\nhead_dim = 7", "it must be even"),
+        (
+            "[[stage]]",
+            "[stage]",
+            "`stage` is a table, it must be a list of tables",
+        ),
+        (
+            "[[data.source]]",
+            "[data]\nwindow_tokens = 64\n[[data.source]]",
+            "no sample would fit",
+        ),
+        (
+            "steps = 100",
+            "tokens = 4611686018427387904",
+            "more than 1000000000",
+        ),
+        (
+            "steps = 100",
+            "steps = 10\nschedule = \"wsd\"\ndecay_steps = 11",
+            "that warm-up leaves",
+        ),
+        ("lr = 1e-3", "lr = 1e-3\nlr = 1e-3", "duplicate key"),
+    ];
+    for (piece, other, expected) in cases {
+        let text = refusal(&minimal_with(piece, other));
+        assert!(text.contains(expected), "{other:?} gave\n{text}");
+        assert!(
+            text.contains("run.toml:") && text.contains("= help: "),
+            "{text}"
+        );
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(512))]
+
+    #[test]
+    fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("run.toml");
+        std::fs::write(&path, &bytes).unwrap();
+        // Nothing so short is a whole config.
+        let error = Config::load(&path, &[]).unwrap_err();
+        prop_assert!(!error.to_string().is_empty());
+    }
+
+    #[test]
+    fn a_damaged_config_never_panics(
+        at in 0..MINIMAL.len(),
+        length in 0..40usize,
+        junk in "[\\PC\\n\\[\\]=\"{}.#]{0,12}",
+    ) {
+        let end = (at + length).min(MINIMAL.len());
+        let text = format!("{}{junk}{}", &MINIMAL[..at], &MINIMAL[end..]);
+        if let Err(error) = load(&text) {
+            prop_assert!(!error.to_string().is_empty());
+        }
+    }
+
+    #[test]
+    fn an_arbitrary_set_never_panics(set in "(stage|data|run|model)?(\\.(0|1|source|name|x))*(=)?\\PC{0,20}") {
+        if let Err(error) = load_with(MINIMAL, &[&set]) {
+            prop_assert!(!error.to_string().is_empty());
+        }
+    }
+}

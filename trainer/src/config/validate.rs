@@ -1,0 +1,174 @@
+//! Checks that involve several keys.
+//!
+//! They read the typed configuration and use the tree only to point at the text.
+
+use super::error::{ConfigError, Problem, refuse_if_any};
+use super::root::Config;
+use super::source::{Origin, Sources};
+use super::stage::StageConfig;
+use super::tree::Node;
+
+/// Refuses what each key allows by itself but not together; reports everything it finds.
+pub(super) fn validate(config: &Config, tree: &Node, sources: &Sources) -> Result<(), ConfigError> {
+    let mut check = Check {
+        tree,
+        sources,
+        problems: Vec::new(),
+    };
+    check.heads(config);
+    check.names(
+        "data.source",
+        config.data.sources.iter().map(|source| &source.name),
+    );
+    check.names("stage", config.stages.iter().map(|stage| &stage.name));
+    for (index, stage) in config.stages.iter().enumerate() {
+        check.batch(index, stage);
+        check.window(index, stage, config.data.window_tokens);
+        check.schedule(index, stage);
+        check.mixture(index, stage);
+    }
+    refuse_if_any(check.problems)
+}
+
+struct Check<'a> {
+    tree: &'a Node,
+    sources: &'a Sources,
+    problems: Vec<Problem>,
+}
+
+impl Check<'_> {
+    /// Adds a finding at the value of a key.
+    fn problem(&mut self, path: &str, message: String, help: String) {
+        let origin = self
+            .tree
+            .get(path)
+            .map_or_else(Origin::default, |node| node.origin.clone());
+        self.problems
+            .push(self.sources.problem(&origin, message, help));
+    }
+
+    fn heads(&mut self, config: &Config) {
+        let model = &config.model;
+        let (heads, kv_heads) = (model.num_heads, model.num_kv_heads);
+        if !heads.is_multiple_of(kv_heads) {
+            let divisors: Vec<String> = (1..=heads)
+                .filter(|n| heads.is_multiple_of(*n))
+                .map(|n| n.to_string())
+                .collect();
+            self.problem(
+                "model.num_kv_heads",
+                format!(
+                    "`model.num_kv_heads` is {kv_heads}, it must divide `model.num_heads` ({heads})"
+                ),
+                format!("use one of {}", divisors.join(", ")),
+            );
+        }
+        if !model.head_dim.is_multiple_of(2) {
+            let given = self
+                .tree
+                .get("model.head_dim")
+                .is_some_and(|n| n.origin.source.is_some());
+            let path = if given {
+                "model.head_dim"
+            } else {
+                "model.hidden_size"
+            };
+            let message = format!(
+                "`model.head_dim` is {}, it must be even: RoPE turns pairs of elements",
+                model.head_dim
+            );
+            let help = "change `head_dim`, or `hidden_size` or `num_heads` that it follows from";
+            self.problem(path, message, help.to_owned());
+        }
+    }
+
+    fn names<'n>(&mut self, section: &str, names: impl Iterator<Item = &'n String>) {
+        let mut seen: Vec<&String> = Vec::new();
+        for (index, name) in names.enumerate() {
+            if let Some(first) = seen.iter().position(|other| *other == name) {
+                let message = format!(
+                    "`{section}.{index}.name` is {name:?}, as is `{section}.{first}.name`; \
+                     names must differ"
+                );
+                let path = format!("{section}.{index}.name");
+                self.problem(&path, message, "give one of them another name".to_owned());
+            }
+            seen.push(name);
+        }
+    }
+
+    fn batch(&mut self, index: usize, stage: &StageConfig) {
+        let (batch, seq_len) = (stage.batch_tokens, stage.seq_len as u64);
+        if batch.is_multiple_of(seq_len) {
+            return;
+        }
+        let path = format!("stage.{index}.batch_tokens");
+        let message =
+            format!("`{path}` is {batch}, it must be a multiple of `seq_len` ({seq_len})");
+        let below = batch / seq_len * seq_len;
+        let help = match below {
+            0 => format!("use {seq_len}"),
+            _ => format!("use {below} or {}", below + seq_len),
+        };
+        self.problem(&path, message, help);
+    }
+
+    fn window(&mut self, index: usize, stage: &StageConfig, window_tokens: u64) {
+        if window_tokens >= stage.seq_len as u64 {
+            return;
+        }
+        let message = format!(
+            "`data.window_tokens` is {window_tokens}, less than `stage.{index}.seq_len` ({}): \
+             no sample would fit into a window",
+            stage.seq_len
+        );
+        let help = "use at least the longest `seq_len`, better a hundred times that";
+        // The default is larger than most sequences, so the text to blame may be the stage.
+        let given = self
+            .tree
+            .get("data.window_tokens")
+            .is_some_and(|n| n.origin.source.is_some());
+        let stage_path = format!("stage.{index}.seq_len");
+        let path = if given {
+            "data.window_tokens"
+        } else {
+            &stage_path
+        };
+        self.problem(path, message, help.to_owned());
+    }
+
+    fn schedule(&mut self, index: usize, stage: &StageConfig) {
+        let (warmup, steps) = (stage.warmup_steps, stage.steps);
+        let path = format!("stage.{index}.warmup_steps");
+        if warmup > steps {
+            let message = format!("`{path}` is {warmup}, more than the {steps} steps of the stage");
+            let help = format!("set `warmup_steps` of this stage to at most {steps}");
+            return self.problem(&path, message, help);
+        }
+        let decay = stage.decay_steps.unwrap_or(0);
+        if decay > steps - warmup {
+            let path = format!("stage.{index}.decay_steps");
+            let message = format!(
+                "`{path}` is {decay}, more than the {} steps that warm-up leaves of the stage",
+                steps - warmup
+            );
+            let help = format!(
+                "set `decay_steps` of this stage to at most {}",
+                steps - warmup
+            );
+            self.problem(&path, message, help);
+        }
+    }
+
+    fn mixture(&mut self, index: usize, stage: &StageConfig) {
+        if stage.weights.values().all(|share| *share == 0.0) {
+            let path = format!("stage.{index}.weights");
+            let message = format!("`{path}` gives every source a share of 0");
+            self.problem(
+                &path,
+                message,
+                "give at least one source a share".to_owned(),
+            );
+        }
+    }
+}
