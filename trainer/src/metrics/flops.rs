@@ -1,0 +1,174 @@
+//! Counting the arithmetic of training, and what share of the machine it uses.
+//!
+//! The convention, named wherever a figure is shown ([`CONVENTION`]):
+//!
+//! - Matrix products cost `6·N_mm` FLOPs per position: 2 forward and 4 backward for each of the
+//!   `N_mm` weights that enter one. The head counts (a tied matrix once, as head); the embedding
+//!   look-up costs nothing; norms, RoPE, softmax and the optimizer are left out.
+//! - Attention costs `6·L·n_q·d·len²` per document of `len` positions: `12·L·n_q·d` for each pair
+//!   of positions forward and backward, and half of the pairs under a causal mask. **True document
+//!   lengths** count, not the sequence length: work that a document mask spares is not claimed.
+//! - MFU divides this by what the ranks could do at their stated peak. HFU adds the forward of the
+//!   blocks when activations are recomputed. What flash attention recomputes inside its own
+//!   backward counts in neither.
+
+/// The convention in words, for logs and reports.
+pub const CONVENTION: &str =
+    "6·N_mm per position plus causal attention over true document lengths; peak as stated";
+
+/// The sizes of a LLaMA-style decoder that decide its arithmetic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DecoderShape {
+    /// Blocks.
+    pub layers: u64,
+    /// Width of the residual stream.
+    pub hidden: u64,
+    /// Query heads.
+    pub heads: u64,
+    /// Key and value heads.
+    pub kv_heads: u64,
+    /// Width of a head.
+    pub head_dim: u64,
+    /// Width of the gate and of the up projection.
+    pub intermediate: u64,
+    /// Rows of the head, padding left out.
+    pub vocab: u64,
+}
+
+/// Floating-point operations of a step, over all ranks.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepFlops {
+    /// What the model needs: the numerator of MFU.
+    pub model: f64,
+    /// What the hardware did, recomputation included: the numerator of HFU.
+    pub hardware: f64,
+}
+
+impl DecoderShape {
+    /// Weights of one block that enter a matrix product: q, k, v, output, gate, up and down.
+    fn block_weights(&self) -> u64 {
+        let qkv = self.hidden * self.head_dim * (self.heads + 2 * self.kv_heads);
+        let output = self.heads * self.head_dim * self.hidden;
+        qkv + output + 3 * self.hidden * self.intermediate
+    }
+
+    /// `N_mm`: weights that enter a matrix product for every position.
+    pub fn matmul_weights(&self) -> u64 {
+        self.layers * self.block_weights() + self.hidden * self.vocab
+    }
+
+    /// FLOPs of a step over `positions` positions whose documents have `squared_lengths` as the
+    /// sum of their squared lengths. `recompute` tells whether every block's forward runs twice.
+    pub fn step(&self, positions: u64, squared_lengths: u64, recompute: bool) -> StepFlops {
+        let positions = positions as f64;
+        let pairs = (self.layers * self.heads * self.head_dim) as f64 * squared_lengths as f64;
+        let model = 6.0 * self.matmul_weights() as f64 * positions + 6.0 * pairs;
+        let blocks_forward =
+            2.0 * (self.layers * self.block_weights()) as f64 * positions + 2.0 * pairs;
+        StepFlops {
+            model,
+            hardware: if recompute {
+                model + blocks_forward
+            } else {
+                model
+            },
+        }
+    }
+}
+
+impl StepFlops {
+    /// MFU and HFU of a step that took `seconds` on `ranks` ranks, each able to do
+    /// `peak_flops_per_rank` per second. None when the peak is not known.
+    pub fn utilisation(
+        &self,
+        seconds: f64,
+        ranks: usize,
+        peak_flops_per_rank: Option<f64>,
+    ) -> Option<Utilisation> {
+        let available = seconds * ranks as f64 * peak_flops_per_rank?;
+        (available > 0.0 && available.is_finite()).then(|| Utilisation {
+            mfu: self.model / available,
+            hfu: self.hardware / available,
+        })
+    }
+}
+
+/// Shares of the stated peak, between 0 and 1 where the peak is true.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Utilisation {
+    /// Model FLOPs utilisation.
+    pub mfu: f64,
+    /// Hardware FLOPs utilisation.
+    pub hfu: f64,
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    const INTERNLM2_1_8B: DecoderShape = DecoderShape {
+        layers: 24,
+        hidden: 2048,
+        heads: 16,
+        kv_heads: 8,
+        head_dim: 128,
+        intermediate: 8192,
+        vocab: 92_544,
+    };
+
+    const LLAMA3_8B: DecoderShape = DecoderShape {
+        layers: 32,
+        hidden: 4096,
+        heads: 32,
+        kv_heads: 8,
+        head_dim: 128,
+        intermediate: 14_336,
+        vocab: 128_256,
+    };
+
+    #[test]
+    fn known_models_cost_what_is_published_per_token() {
+        // GFLOP per token at 4096 positions: products alone, and with causal attention.
+        for (shape, products, causal) in [(INTERNLM2_1_8B, 10.20, 11.40), (LLAMA3_8B, 45.03, 48.25)]
+        {
+            assert!((6e-9 * shape.matmul_weights() as f64 - products).abs() < 0.005);
+            let step = shape.step(4096, 4096 * 4096, false);
+            assert!(
+                (step.model / 4096.0 / 1e9 - causal).abs() < 0.01,
+                "{step:?}"
+            );
+            assert_eq!(step.model, step.hardware);
+        }
+    }
+
+    #[test]
+    fn attention_is_counted_by_document() {
+        let whole = LLAMA3_8B.step(4096, 4096 * 4096, false).model;
+        let halves = LLAMA3_8B.step(4096, 2 * 2048 * 2048, false).model;
+        let attention = 6.0 * (32 * 32 * 128) as f64 * (4096.0 * 4096.0 - 2.0 * 2048.0 * 2048.0);
+        assert_eq!(whole - halves, attention);
+    }
+
+    #[test]
+    fn recomputation_adds_the_forward_of_the_blocks() {
+        let step = LLAMA3_8B.step(1000, 1000 * 1000, true);
+        let head = 6.0 * 4096.0 * 128_256.0 * 1000.0;
+        // Without the head, forward : backward : forward again is 1 : 2 : 1.
+        let ratio = (step.hardware - head) / (step.model - head);
+        assert!((ratio - 4.0 / 3.0).abs() < 1e-12, "{ratio}");
+    }
+
+    #[test]
+    fn utilisation_needs_a_peak() {
+        let step = StepFlops {
+            model: 40.0,
+            hardware: 50.0,
+        };
+        let used = step.utilisation(2.0, 5, Some(10.0)).unwrap();
+        assert_eq!(used, Utilisation { mfu: 0.4, hfu: 0.5 });
+        assert_eq!(step.utilisation(2.0, 5, None), None);
+        assert_eq!(step.utilisation(0.0, 5, Some(10.0)), None);
+    }
+}
