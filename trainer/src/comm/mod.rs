@@ -1,1 +1,57 @@
-//! Collectives behind one lane type: Solo, Threads and MPI.
+//! Communication between ranks: lanes, tickets, and what moves the bytes.
+//!
+//! A [`Comm`] is one rank's place in the world: alone ([`Comm::solo`]), as one of several threads of
+//! a process ([`Comm::threads`], for tests over many meshes), or as one of several MPI processes
+//! (`Comm::mpi`, cargo feature `mpi`). It owns one **communication thread**, the only thread that
+//! talks to other ranks. A [`Lane`] is a communicator over some of the ranks with one first-in
+//! first-out queue; its operations return a [`Ticket`] at once, and the tensor handed to an operation
+//! comes back when the ticket is waited for.
+//!
+//! ```text
+//! step thread      lane.reduce_scatter(gradients) ─▶ ticket … compute … ticket.wait()
+//!                        │ Operation                                ▲ Promise
+//! communication    queue of lane 0 ─▶ schedule: rounds of chunks ───┘
+//! thread           queue of lane 1 ─▶ …      │ start_send, start_recv, test
+//!                                        Transport: threads' mailboxes, MPI point-to-point
+//! ```
+//!
+//! What holds:
+//!
+//! - **One algorithm.** Collectives are written once (`schedule`) over non-blocking point-to-point
+//!   messages (`transport`), so what the conformance suite proves on threads holds on processes.
+//!   MPI's own reductions are not used: Open MPI 4.1's reduce-scatter is a reduction to rank 0
+//!   followed by a scatter, which moves more bytes and takes several times as long.
+//! - **The same bits everywhere.** Sums are formed in rank order in f32 (f64 for f64), whatever the
+//!   order in which messages arrive and whoever owns the result; [`Wire::Bf16`] rounds each
+//!   contribution once, the own one too.
+//! - **One order per lane, none between lanes.** All ranks must queue the same operations on a lane
+//!   in the same order. Lanes never wait for each other and never mix: each has its own message tag.
+//! - **Errors are results.** A failed operation poisons its lane and tells every ticket which lane,
+//!   operation and peer failed. A ticket may be dropped: the communication thread keeps the memory
+//!   until the operation is over.
+//! - **No core is burnt.** Idle, the thread sleeps; busy, it polls with a growing pause.
+//! - **A clean end.** [`Comm::finish`] returns when all ranks have left; [`Comm::abort`] is the last
+//!   resort that takes the others along.
+//!
+//! `unsafe` in this folder is of three kinds: the memory behind a tensor that travels with its
+//! operation (`buffer`, `schedule`), the addresses that threads exchange (`threads`), and raw MPI
+//! calls (`mpi`).
+
+mod buffer;
+mod engine;
+mod environment;
+mod error;
+mod handle;
+mod lane;
+#[cfg(feature = "mpi")]
+mod mpi;
+mod schedule;
+mod threads;
+mod ticket;
+mod transport;
+
+pub use environment::Environment;
+pub use error::{Error, Result};
+pub use handle::Comm;
+pub use lane::{Lane, Wire};
+pub use ticket::{Ticket, Traffic};

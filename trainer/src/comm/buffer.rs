@@ -1,0 +1,128 @@
+//! The memory behind a tensor, as the communication thread sees it.
+
+use tch::{Device, Kind, Tensor};
+
+/// Element types that lanes carry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Element {
+    F32,
+    F64,
+    Bf16,
+    I64,
+    U8,
+}
+
+impl Element {
+    /// Bytes of one element.
+    pub(super) fn bytes(self) -> usize {
+        match self {
+            Self::U8 => 1,
+            Self::Bf16 => 2,
+            Self::F32 => 4,
+            Self::F64 | Self::I64 => 8,
+        }
+    }
+
+    fn of(kind: Kind) -> Option<Self> {
+        match kind {
+            Kind::Float => Some(Self::F32),
+            Kind::Double => Some(Self::F64),
+            Kind::BFloat16 => Some(Self::Bf16),
+            Kind::Int64 => Some(Self::I64),
+            Kind::Uint8 => Some(Self::U8),
+            _ => None,
+        }
+    }
+}
+
+/// Address, length and element type of a checked tensor's memory.
+///
+/// It borrows nothing: whoever holds one also holds the tensor (see [`checked`]).
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Buffer {
+    address: *mut u8,
+    elements: usize,
+    element: Element,
+}
+
+// SAFETY: a buffer is an address with a length. It travels with the tensor it was taken from
+// (`tch::Tensor` is `Send` too) and is only dereferenced on the communication thread.
+unsafe impl Send for Buffer {}
+
+impl Buffer {
+    pub(super) fn element(&self) -> Element {
+        self.element
+    }
+
+    pub(super) fn elements(&self) -> usize {
+        self.elements
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.elements * self.element.bytes()
+    }
+
+    /// The address of the element at `index`, which must lie within the buffer or at its end.
+    pub(super) fn at(&self, index: usize) -> *mut u8 {
+        debug_assert!(index <= self.elements);
+        self.address.wrapping_add(index * self.element.bytes())
+    }
+}
+
+/// Checks that `tensor` is one contiguous run of CPU memory of a type that lanes carry.
+///
+/// The buffer is valid as long as the tensor lives. Its memory must not be read or written through
+/// another handle on the same storage (a view made earlier) while an operation works on it.
+///
+/// # Errors
+/// A sentence that says what was expected and what was found.
+pub(super) fn checked(tensor: &Tensor) -> Result<Buffer, String> {
+    if !tensor.defined() {
+        return Err("expected a tensor, found an undefined one".to_owned());
+    }
+    if tensor.device() != Device::Cpu {
+        return Err(format!(
+            "expected a CPU tensor, found one on {:?}",
+            tensor.device()
+        ));
+    }
+    if !tensor.is_contiguous() {
+        let (shape, strides) = (tensor.size(), tensor.stride());
+        return Err(format!(
+            "expected a contiguous tensor, found shape {shape:?} with strides {strides:?}"
+        ));
+    }
+    let kind = tensor
+        .f_kind()
+        .map_err(|error| format!("unknown element type: {error}"))?;
+    let element = Element::of(kind).ok_or_else(|| {
+        format!("expected elements of type f32, f64, bf16, i64 or u8, found {kind:?}")
+    })?;
+    let address = tensor.data_ptr().cast::<u8>();
+    Ok(Buffer {
+        address,
+        elements: tensor.numel(),
+        element,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn a_strided_view_is_refused_with_its_strides() {
+        let tensor = Tensor::zeros([4, 6], (Kind::Float, Device::Cpu));
+        let error = checked(&tensor.narrow(1, 0, 3)).unwrap_err();
+        assert!(error.contains("strides [6, 1]"), "{error}");
+        assert!(checked(&tensor.narrow(0, 1, 2)).is_ok());
+    }
+
+    #[test]
+    fn a_type_that_lanes_do_not_carry_is_refused_by_name() {
+        let error = checked(&Tensor::zeros([2], (Kind::Bool, Device::Cpu))).unwrap_err();
+        assert!(error.contains("Bool"), "{error}");
+    }
+}

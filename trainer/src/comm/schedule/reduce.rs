@@ -1,0 +1,237 @@
+//! Reduce-scatter: everybody's sum of its own slice, added in rank order.
+
+use std::ops::Add;
+
+use super::super::buffer::Buffer;
+use super::{Place, Round, Schedule, Scratch, Split, WINDOW};
+
+/// Elements added at a time: all contributions of a block pass through the first-level cache.
+const BLOCK: usize = 1024;
+
+/// How elements travel and in which type they are added.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in super::super) enum Form {
+    /// f32 on the wire, added in f32.
+    F32,
+    /// f64 on the wire, added in f64.
+    F64,
+    /// f32 in memory, rounded to bf16 (nearest, ties to even) on the wire, added in f32. The own
+    /// contribution is rounded as well, so that the sum does not depend on who owns the slice.
+    F32AsBf16,
+}
+
+impl Form {
+    fn wire_bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F64 => 8,
+            Self::F32AsBf16 => 2,
+        }
+    }
+}
+
+/// Sends each member its slice and sums the own one. The other slices of the buffer are left as
+/// they were.
+pub(in super::super) struct ReduceScatter {
+    buffer: Buffer,
+    place: Place,
+    split: Split,
+    form: Form,
+}
+
+impl ReduceScatter {
+    /// Reduces `buffer`, whose elements are those of `form`.
+    pub(in super::super) fn new(buffer: Buffer, place: Place, form: Form) -> Self {
+        let split = Split::new(buffer.elements(), place.size, buffer.element().bytes());
+        Self {
+            buffer,
+            place,
+            split,
+            form,
+        }
+    }
+
+    fn chunk_bytes(&self) -> usize {
+        self.split.chunk * self.form.wire_bytes()
+    }
+
+    /// Where the chunk from `peer` lies in the scratch memory.
+    fn arrived(&self, round: usize, peer: usize) -> usize {
+        let chunks = (round % WINDOW) * (self.place.size - 1) + self.place.position(peer);
+        chunks * self.chunk_bytes()
+    }
+
+    /// Where the rounded chunk for `peer` lies in the scratch memory: after all that arrive.
+    fn rounded(&self, round: usize, peer: usize) -> usize {
+        WINDOW * (self.place.size - 1) * self.chunk_bytes() + self.arrived(round, peer)
+    }
+}
+
+impl Schedule for ReduceScatter {
+    fn rounds(&self) -> usize {
+        self.split.rounds()
+    }
+
+    fn scratch_bytes(&self) -> usize {
+        let directions = if self.form == Form::F32AsBf16 { 2 } else { 1 };
+        directions * WINDOW * (self.place.size - 1) * self.chunk_bytes()
+    }
+
+    fn start(&mut self, round: usize, scratch: &mut Scratch, messages: &mut Round) {
+        let wire_bytes = self.form.wire_bytes();
+        let own = self.split.range(self.place.index, round);
+        for peer in self.place.peers_before() {
+            let address = scratch.at(self.arrived(round, peer));
+            messages.receive(peer, address, own.len() * wire_bytes);
+        }
+        for peer in self.place.peers_after() {
+            let range = self.split.range(peer, round);
+            let mut address = self.buffer.at(range.start);
+            if self.form == Form::F32AsBf16 {
+                let rounded = scratch.at(self.rounded(round, peer));
+                // SAFETY: source and target are `range.len()` elements of the tensor and of the
+                // scratch memory, which are different allocations aligned for their types; the
+                // window rule says that no transfer uses this part of the scratch memory.
+                let (source, target) = unsafe {
+                    (
+                        std::slice::from_raw_parts(address.cast::<f32>(), range.len()),
+                        std::slice::from_raw_parts_mut(rounded.cast::<u16>(), range.len()),
+                    )
+                };
+                for (target, &source) in target.iter_mut().zip(source) {
+                    *target = to_bf16(source);
+                }
+                address = rounded;
+            }
+            messages.send(peer, address, range.len() * wire_bytes);
+        }
+    }
+
+    fn finish(&mut self, round: usize, scratch: &mut Scratch) {
+        let own = self.split.range(self.place.index, round);
+        let base = self.buffer.at(own.start);
+        let arrived: Vec<_> = (0..self.place.size)
+            .filter(|&member| member != self.place.index)
+            .map(|member| scratch.at(self.arrived(round, member)).cast_const())
+            .collect();
+        let (index, length) = (self.place.index, own.len());
+        // SAFETY: `base` and every pointer of `arrived` lead to `length` elements of the form's
+        // memory and wire types, aligned (chunks are multiples of 64 elements); the tensor and the
+        // scratch memory are different allocations, and the finished round has no transfer left
+        // that uses either. Other rounds use other chunks.
+        unsafe {
+            match self.form {
+                Form::F32 => {
+                    sum_in_order(base.cast::<f32>(), &arrived, index, length, |x| x, |x| x)
+                }
+                Form::F64 => {
+                    sum_in_order(base.cast::<f64>(), &arrived, index, length, |x| x, |x| x)
+                }
+                Form::F32AsBf16 => {
+                    let round = |x| from_bf16(to_bf16(x));
+                    sum_in_order(
+                        base.cast::<f32>(),
+                        &arrived,
+                        index,
+                        length,
+                        round,
+                        from_bf16,
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// Replaces `length` elements at `own` by the sum over members in order: the own contribution
+/// (through `own_value`) stands at `index`, those of `arrived` (through `wire_value`) around it.
+///
+/// # Safety
+/// `own` and all of `arrived` point to `length` valid, aligned elements that nobody else uses; none
+/// of `arrived` overlaps `own`.
+unsafe fn sum_in_order<E, W>(
+    own: *mut E,
+    arrived: &[*const u8],
+    index: usize,
+    length: usize,
+    own_value: impl Fn(E) -> E,
+    wire_value: impl Fn(W) -> E,
+) where
+    E: Copy + Default + Add<Output = E>,
+    W: Copy,
+{
+    let mut sums = [E::default(); BLOCK];
+    for start in (0..length).step_by(BLOCK) {
+        let count = BLOCK.min(length - start);
+        let sums = &mut sums[..count];
+        // SAFETY: `start..start + count` lies within the `length` elements the caller vouches for.
+        let own = unsafe { std::slice::from_raw_parts_mut(own.add(start), count) };
+        for member in 0..=arrived.len() {
+            if member == index {
+                accumulate(sums, own, member == 0, &own_value);
+            } else {
+                let position = if member < index { member } else { member - 1 };
+                let source = arrived[position].cast::<W>();
+                // SAFETY: as above.
+                let source = unsafe { std::slice::from_raw_parts(source.add(start), count) };
+                accumulate(sums, source, member == 0, &wire_value);
+            }
+        }
+        own.copy_from_slice(sums);
+    }
+}
+
+/// Sets (`first`) or adds the values of `source`.
+fn accumulate<E: Copy + Add<Output = E>, W: Copy>(
+    sums: &mut [E],
+    source: &[W],
+    first: bool,
+    value: impl Fn(W) -> E,
+) {
+    if first {
+        sums.iter_mut()
+            .zip(source)
+            .for_each(|(sum, &x)| *sum = value(x));
+    } else {
+        sums.iter_mut()
+            .zip(source)
+            .for_each(|(sum, &x)| *sum = *sum + value(x));
+    }
+}
+
+/// Rounds to the nearest bf16, ties to even; NaN stays NaN (made quiet, so that cutting the low
+/// bits cannot turn it into infinity). Without branches, so that loops over it vectorise.
+fn to_bf16(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
+    let chosen = if value.is_nan() {
+        bits | 0x0040_0000
+    } else {
+        rounded
+    };
+    (chosen >> 16) as u16
+}
+
+fn from_bf16(bits: u16) -> f32 {
+    f32::from_bits(u32::from(bits) << 16)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bf16_rounding_agrees_with_the_half_crate_on_every_exponent() {
+        for high in 0..=u16::MAX {
+            for low in [0u32, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
+                let value = f32::from_bits(u32::from(high) << 16 | low);
+                let expected = half::bf16::from_f32(value);
+                if value.is_nan() {
+                    assert!(from_bf16(to_bf16(value)).is_nan());
+                } else {
+                    assert_eq!(to_bf16(value), expected.to_bits(), "{value:e}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! Tickets: the two ends of one operation's future result.
+//!
+//! The step thread keeps a [`Ticket`], the communication thread the matching [`Promise`]. A ticket
+//! may be dropped without waiting: the promise then owns the tensor until the operation is done. A
+//! promise that is dropped without a result (the communication thread died) wakes the waiter with
+//! an error, so nobody waits for ever.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use tch::Tensor;
+
+use super::error::{Error, Result};
+
+/// What one operation cost this rank.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Traffic {
+    /// Payload bytes that this rank sent to others.
+    pub bytes_sent: u64,
+    /// Seconds from the moment the operation reached the head of its lane to its end. The part of
+    /// them that a step had to wait for is measured by the caller of [`Ticket::wait`].
+    pub busy_seconds: f64,
+}
+
+impl std::ops::AddAssign for Traffic {
+    fn add_assign(&mut self, other: Self) {
+        self.bytes_sent += other.bytes_sent;
+        self.busy_seconds += other.busy_seconds;
+    }
+}
+
+type Outcome = Result<(Tensor, Traffic)>;
+
+struct Slot {
+    outcome: Mutex<Option<Outcome>>,
+    done: Condvar,
+}
+
+impl Slot {
+    fn lock(&self) -> MutexGuard<'_, Option<Outcome>> {
+        // The value is replaced in one assignment, so a panic elsewhere cannot leave it torn.
+        self.outcome.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The claim to a tensor that an operation on a lane is working on.
+#[must_use = "wait for the ticket to get the tensor back and to learn whether the operation failed"]
+pub struct Ticket {
+    slot: Arc<Slot>,
+}
+
+impl Ticket {
+    /// Blocks until the operation is done and gives the tensor back.
+    ///
+    /// # Errors
+    /// Whatever stopped the operation; it names the lane, the operation and the peer.
+    pub fn wait(self) -> Result<(Tensor, Traffic)> {
+        let mut outcome = self.slot.lock();
+        loop {
+            if let Some(outcome) = outcome.take() {
+                return outcome;
+            }
+            outcome = self
+                .slot
+                .done
+                .wait(outcome)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Whether [`Ticket::wait`] would return at once.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.slot.lock().is_some()
+    }
+
+    /// A ticket whose outcome is known already.
+    pub(super) fn ready(outcome: Outcome) -> Self {
+        let slot = Slot {
+            outcome: Mutex::new(Some(outcome)),
+            done: Condvar::new(),
+        };
+        Self {
+            slot: Arc::new(slot),
+        }
+    }
+}
+
+impl std::fmt::Debug for Ticket {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ticket")
+            .field("ready", &self.is_ready())
+            .finish()
+    }
+}
+
+/// The end of a ticket that the communication thread holds.
+pub(super) struct Promise {
+    slot: Arc<Slot>,
+    rank: usize,
+}
+
+impl Promise {
+    /// A promise and its ticket, for an operation of `rank`.
+    pub(super) fn new(rank: usize) -> (Self, Ticket) {
+        let slot = Arc::new(Slot {
+            outcome: Mutex::new(None),
+            done: Condvar::new(),
+        });
+        (
+            Self {
+                slot: Arc::clone(&slot),
+                rank,
+            },
+            Ticket { slot },
+        )
+    }
+
+    /// Hands the outcome to whoever holds the ticket.
+    pub(super) fn fulfil(self, outcome: Outcome) {
+        *self.slot.lock() = Some(outcome);
+        self.slot.done.notify_all();
+    }
+}
+
+impl Drop for Promise {
+    fn drop(&mut self) {
+        let mut outcome = self.slot.lock();
+        // `fulfil` drops too; its outcome (perhaps taken by the waiter already) must stand. With
+        // only our own handle left nobody can see what is written here.
+        if outcome.is_none() && Arc::strong_count(&self.slot) > 1 {
+            let reason = "it stopped before the operation was done".to_owned();
+            *outcome = Some(Err(Error::Closed {
+                rank: self.rank,
+                reason,
+            }));
+            self.slot.done.notify_all();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn a_lost_promise_wakes_the_waiter_with_an_error() {
+        let (promise, ticket) = Promise::new(3);
+        assert!(!ticket.is_ready());
+        let waiter = std::thread::spawn(move || ticket.wait());
+        drop(promise);
+        let error = waiter.join().unwrap().unwrap_err().to_string();
+        assert!(error.contains("rank 3"), "{error}");
+    }
+
+    #[test]
+    fn a_fulfilled_promise_hands_over_the_tensor_once() {
+        let (promise, ticket) = Promise::new(0);
+        let traffic = Traffic {
+            bytes_sent: 8,
+            busy_seconds: 0.5,
+        };
+        promise.fulfil(Ok((Tensor::from_slice(&[1f32, 2.0]), traffic)));
+        assert!(ticket.is_ready());
+        let (tensor, seen) = ticket.wait().unwrap();
+        assert_eq!(Vec::<f32>::try_from(&tensor).unwrap(), [1.0, 2.0]);
+        assert_eq!(seen, traffic);
+    }
+}

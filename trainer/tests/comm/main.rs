@@ -1,0 +1,141 @@
+//! One conformance suite for every way of talking between ranks.
+//!
+//! The suite ([`suite`]) runs on worlds of threads of this process and on worlds of MPI processes:
+//! for the latter this program starts itself under `mpirun`. It is its own test harness, since a
+//! process that initialises MPI must have nothing else in it; it understands as much of the usual
+//! arguments as `cargo test` and `cargo nextest` need.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod suite;
+
+use std::process::ExitCode;
+#[cfg(feature = "mpi")]
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use oxitron_trainer::comm::Comm;
+
+/// A deadlock is a failure, not a hung build.
+const TIME_LIMIT: Duration = Duration::from_secs(120);
+
+/// Tells this program that it is a rank of an MPI case.
+#[cfg(feature = "mpi")]
+const RANK_MARK: &str = "OXITRON_TEST_COMM_RANK";
+
+struct Case {
+    name: String,
+    run: Box<dyn Fn()>,
+}
+
+fn case(name: impl Into<String>, run: impl Fn() + 'static) -> Case {
+    Case {
+        name: name.into(),
+        run: Box::new(run),
+    }
+}
+
+fn cases() -> Vec<Case> {
+    let mut cases = vec![case("solo", || suite::run(Comm::solo()))];
+    for world in 1..=5 {
+        cases.push(case(format!("threads::world_of_{world}"), move || {
+            on_threads(world)
+        }));
+    }
+    cases.push(case(
+        "threads::a_rank_that_aborts_fails_its_peers",
+        suite::peers_of_an_abort_fail,
+    ));
+    cases.push(case(
+        "threads::other_lengths_poison_the_lane",
+        suite::other_lengths_fail,
+    ));
+    #[cfg(feature = "mpi")]
+    for world in 1..=4 {
+        cases.push(case(format!("mpi::world_of_{world}"), move || {
+            on_mpi(world)
+        }));
+    }
+    cases
+}
+
+fn on_threads(world: usize) {
+    suite::each_rank(Comm::threads(world).unwrap(), suite::run);
+}
+
+#[cfg(feature = "mpi")]
+fn on_mpi(world: usize) {
+    let program = std::env::current_exe().unwrap();
+    let mut mpirun = Command::new("mpirun");
+    mpirun.args([
+        "--bind-to",
+        "none",
+        "--oversubscribe",
+        "-n",
+        &world.to_string(),
+    ]);
+    mpirun
+        .arg(program)
+        .env(RANK_MARK, "1")
+        .env("OMP_NUM_THREADS", "1")
+        .stdin(Stdio::null());
+    for name in ["OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] {
+        mpirun.env(name, "1");
+    }
+    let status = mpirun
+        .status()
+        .expect("mpirun must be installed: apt install openmpi-bin");
+    assert!(status.success(), "mpirun -n {world} ended with {status}");
+}
+
+/// Ends the process when the suite hangs.
+fn watch() {
+    std::thread::spawn(|| {
+        std::thread::sleep(TIME_LIMIT);
+        eprintln!("not finished after {} s: deadlock?", TIME_LIMIT.as_secs());
+        std::process::abort();
+    });
+}
+
+fn main() -> ExitCode {
+    #[cfg(feature = "mpi")]
+    if std::env::var_os(RANK_MARK).is_some() {
+        watch();
+        suite::run(Comm::mpi().unwrap());
+        return ExitCode::SUCCESS;
+    }
+    watch();
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let flag = |name: &str| arguments.iter().any(|argument| argument == name);
+    let words: Vec<&String> = arguments.iter().filter(|a| !a.starts_with('-')).collect();
+    let chosen = |name: &str| match flag("--exact") {
+        true => words.iter().any(|word| *word == name),
+        false => words.is_empty() || words.iter().any(|word| name.contains(word.as_str())),
+    };
+    if flag("--list") {
+        if !flag("--ignored") {
+            cases()
+                .iter()
+                .for_each(|case| println!("{}: test", case.name));
+        }
+        return ExitCode::SUCCESS;
+    }
+    if flag("--ignored") {
+        return ExitCode::SUCCESS;
+    }
+    if !cfg!(feature = "mpi") {
+        println!("skipped: the cases on MPI processes, because the feature `mpi` is off");
+    }
+    for case in cases().into_iter().filter(|case| chosen(&case.name)) {
+        let begun = Instant::now();
+        // A failed assertion of a rank on a thread reaches this thread as a panic and ends the
+        // program with an error; so there is no count of failures to keep.
+        (case.run)();
+        println!(
+            "test {} ... ok ({:.2} s)",
+            case.name,
+            begun.elapsed().as_secs_f64()
+        );
+    }
+    ExitCode::SUCCESS
+}
