@@ -26,14 +26,21 @@ pub(crate) fn begin(path: &Path) -> Result<NamedTempFile> {
         // process's umask still applies.
         builder.permissions(std::fs::Permissions::from_mode(0o666));
     }
-    builder.tempfile_in(&folder).map_err(Error::io("create a file in", &folder))
+    builder
+        .tempfile_in(&folder)
+        .map_err(Error::io("create a file in", &folder))
 }
 
 /// Makes a file begun with [`begin`] durable under its real name.
 pub(crate) fn commit(file: NamedTempFile, path: &Path) -> Result<()> {
-    file.as_file().sync_all().map_err(Error::io("flush to disk", path))?;
-    file.persist(path)
-        .map_err(|e| Error::Io { action: "rename into place", path: path.into(), source: e.error })?;
+    file.as_file()
+        .sync_all()
+        .map_err(Error::io("flush to disk", path))?;
+    file.persist(path).map_err(|e| Error::Io {
+        action: "rename into place",
+        path: path.into(),
+        source: e.error,
+    })?;
     sync_folder(&parent(path))
 }
 

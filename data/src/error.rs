@@ -242,6 +242,10 @@ pub type Result<T> = std::result::Result<T, Error>;
 impl Error {
     /// A closure for `map_err` that names what was tried on which path.
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
-        move |source| Error::Io { action, path: path.to_path_buf(), source }
+        move |source| Error::Io {
+            action,
+            path: path.to_path_buf(),
+            source,
+        }
     }
 }

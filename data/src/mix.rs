@@ -14,7 +14,9 @@ pub(crate) fn mix64(mut x: u64) -> u64 {
 
 /// A key from a list of words; the order of the words matters.
 pub(crate) fn key(words: &[u64]) -> u64 {
-    words.iter().fold(0x6f78_6974_726f_6e00, |state, &word| mix64(state ^ mix64(word)))
+    words.iter().fold(0x6f78_6974_726f_6e00, |state, &word| {
+        mix64(state ^ mix64(word))
+    })
 }
 
 /// A word for [`key`] from a name.
@@ -35,6 +37,7 @@ pub(crate) fn content_hash(bytes: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
     use super::*;
 
     /// The order of every existing run hangs on these values.
@@ -49,7 +52,9 @@ mod tests {
     fn fraction_is_a_share_of_the_range() {
         assert!(!below_fraction(0, 0.0));
         assert!(below_fraction(u64::MAX, 1.0));
-        let hits = (0..10_000).filter(|&i| below_fraction(mix64(i), 0.1)).count();
+        let hits = (0..10_000)
+            .filter(|&i| below_fraction(mix64(i), 0.1))
+            .count();
         assert!((900..1100).contains(&hits), "{hits}");
     }
 }

@@ -23,7 +23,11 @@ impl Permutation {
     /// The permutation of `0..len` that belongs to `key`.
     pub fn new(len: u64, key: u64) -> Self {
         let bits = u64::BITS - len.saturating_sub(1).leading_zeros();
-        Self { len, key, half_bits: bits.div_ceil(2) }
+        Self {
+            len,
+            key,
+            half_bits: bits.div_ceil(2),
+        }
     }
 
     /// Number of elements.
@@ -65,6 +69,7 @@ impl Permutation {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
     use super::*;
     use proptest::prelude::*;
 
@@ -85,7 +90,11 @@ mod tests {
 
     #[test]
     fn keys_give_different_orders_and_huge_domains_work() {
-        let order = |key| (0..100).map(|i| Permutation::new(100, key).apply(i)).collect::<Vec<_>>();
+        let order = |key| {
+            (0..100)
+                .map(|i| Permutation::new(100, key).apply(i))
+                .collect::<Vec<_>>()
+        };
         assert_ne!(order(1), order(2));
         assert_ne!(order(1), (0..100).collect::<Vec<_>>());
         let huge = Permutation::new(u64::MAX, 7);
@@ -98,9 +107,14 @@ mod tests {
         let mut counts = std::collections::HashMap::new();
         for key in 0..6000 {
             let p = Permutation::new(3, crate::mix::key(&[key]));
-            *counts.entry([p.apply(0), p.apply(1), p.apply(2)]).or_insert(0u32) += 1;
+            *counts
+                .entry([p.apply(0), p.apply(1), p.apply(2)])
+                .or_insert(0u32) += 1;
         }
         assert_eq!(counts.len(), 6);
-        assert!(counts.values().all(|&n| (800..1200).contains(&n)), "{counts:?}");
+        assert!(
+            counts.values().all(|&n| (800..1200).contains(&n)),
+            "{counts:?}"
+        );
     }
 }

@@ -23,7 +23,11 @@ impl Progress {
         let terminal = std::io::stderr().is_terminal();
         let bar = ProgressBar::with_draw_target(
             Some(total_bytes),
-            if terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() },
+            if terminal {
+                ProgressDrawTarget::stderr()
+            } else {
+                ProgressDrawTarget::hidden()
+            },
         );
         if let Ok(style) = ProgressStyle::with_template(
             "{msg} [{wide_bar}] {bytes}/{total_bytes} {bytes_per_sec} ETA {eta}",
@@ -35,7 +39,12 @@ impl Progress {
             eprintln!("{label}: {:.1} MB to do", total_bytes as f64 / 1e6);
         }
         let last_line = (!terminal).then(|| Mutex::new(Instant::now()));
-        Self { label: label.to_string(), bar, started: Instant::now(), last_line }
+        Self {
+            label: label.to_string(),
+            bar,
+            started: Instant::now(),
+            last_line,
+        }
     }
 
     /// A job nobody watches (tests, libraries).

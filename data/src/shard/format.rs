@@ -71,8 +71,10 @@ pub(super) fn schema(with_weights: bool) -> Schema {
 
 /// The file metadata of a finished shard.
 pub(super) fn metadata(header: &ShardHeader, groups: &[RowGroupSummary]) -> Result<Vec<KeyValue>> {
-    let row_groups = serde_json::to_string(groups)
-        .map_err(|e| Error::Option { option: "row groups", problem: e.to_string() })?;
+    let row_groups = serde_json::to_string(groups).map_err(|e| Error::Option {
+        option: "row groups",
+        problem: e.to_string(),
+    })?;
     let documents: u64 = groups.iter().map(|g| g.documents).sum();
     let tokens: u64 = groups.iter().map(|g| g.tokens).sum();
     let pairs = [
@@ -85,7 +87,10 @@ pub(super) fn metadata(header: &ShardHeader, groups: &[RowGroupSummary]) -> Resu
         (KEY_CHECKSUM, checksum(groups)),
         (KEY_ROW_GROUPS, row_groups),
     ];
-    Ok(pairs.into_iter().map(|(k, v)| KeyValue::new(k.to_string(), v)).collect())
+    Ok(pairs
+        .into_iter()
+        .map(|(k, v)| KeyValue::new(k.to_string(), v))
+        .collect())
 }
 
 /// Checksum of a shard's contents: a hash over the digests of its row groups.
@@ -120,11 +125,16 @@ pub(super) fn parse_metadata(path: &Path, pairs: Option<&Vec<KeyValue>>) -> Resu
         found: found.to_string(),
     };
     let text = |key: &str| {
-        pairs.get(key).copied().ok_or_else(|| schema_error(key, "metadata key", "none"))
+        pairs
+            .get(key)
+            .copied()
+            .ok_or_else(|| schema_error(key, "metadata key", "none"))
     };
     let number = |key: &str| -> Result<u64> {
         let value = text(key)?;
-        value.parse().map_err(|_| schema_error(key, "a whole number", value))
+        value
+            .parse()
+            .map_err(|_| schema_error(key, "a whole number", value))
     };
 
     let version = number(KEY_VERSION)?;
@@ -136,18 +146,31 @@ pub(super) fn parse_metadata(path: &Path, pairs: Option<&Vec<KeyValue>>) -> Resu
     let eos_id = number(KEY_EOS_ID)?;
     if vocab_size > 1 << 32 || eos_id >= vocab_size {
         let found = format!("eos id {eos_id}, vocabulary {vocab_size}");
-        return Err(schema_error(KEY_EOS_ID, "an eos id inside the vocabulary", &found));
+        return Err(schema_error(
+            KEY_EOS_ID,
+            "an eos id inside the vocabulary",
+            &found,
+        ));
     }
     let row_groups: Vec<RowGroupSummary> = serde_json::from_str(text(KEY_ROW_GROUPS)?)
         .map_err(|e| schema_error(KEY_ROW_GROUPS, "a list of row groups", &e.to_string()))?;
     let total = |pick: fn(&RowGroupSummary) -> u64| {
-        row_groups.iter().try_fold(0u64, |sum, group| sum.checked_add(pick(group)))
+        row_groups
+            .iter()
+            .try_fold(0u64, |sum, group| sum.checked_add(pick(group)))
     };
-    let sums = [(KEY_DOCUMENTS, total(|g| g.documents)), (KEY_TOKENS, total(|g| g.tokens))];
+    let sums = [
+        (KEY_DOCUMENTS, total(|g| g.documents)),
+        (KEY_TOKENS, total(|g| g.tokens)),
+    ];
     for (key, sum) in sums {
         let stated = number(key)?;
         if sum != Some(stated) {
-            return Err(schema_error(key, "the sum over the row groups", &stated.to_string()));
+            return Err(schema_error(
+                key,
+                "the sum over the row groups",
+                &stated.to_string(),
+            ));
         }
     }
     let stated = text(KEY_CHECKSUM)?;

@@ -57,7 +57,9 @@ pub struct RowGroupIndex {
 impl RowGroupTokens {
     /// Tokens of document `row`, or an empty slice past the end.
     pub fn document(&self, row: usize) -> &[u32] {
-        self.range(row).and_then(|range| self.tokens.get(range)).unwrap_or_default()
+        self.range(row)
+            .and_then(|range| self.tokens.get(range))
+            .unwrap_or_default()
     }
 
     /// Weights of document `row`, if the shard stores them.
@@ -96,9 +98,17 @@ impl Shard {
         let file_metadata = metadata.metadata().file_metadata();
         let stated = format::parse_metadata(path, file_metadata.key_value_metadata())?;
 
-        let found: Vec<i64> =
-            metadata.metadata().row_groups().iter().map(|group| group.num_rows()).collect();
-        let expected: Vec<i64> = stated.row_groups.iter().map(|g| g.documents as i64).collect();
+        let found: Vec<i64> = metadata
+            .metadata()
+            .row_groups()
+            .iter()
+            .map(|group| group.num_rows())
+            .collect();
+        let expected: Vec<i64> = stated
+            .row_groups
+            .iter()
+            .map(|g| g.documents as i64)
+            .collect();
         if found != expected {
             return Err(Error::Schema {
                 path: path.to_path_buf(),
@@ -183,7 +193,9 @@ impl Shard {
         self.read_columns(row_group, &columns, |batch| {
             lengths.extend_from_slice(u32_column(batch, format::N_TOKENS)?);
             let list = batch.column_by_name(format::TOKENS)?.as_list_opt::<i32>()?;
-            let rows = u32_column(batch, format::N_TOKENS)?.iter().map(|&n| n as usize);
+            let rows = u32_column(batch, format::N_TOKENS)?
+                .iter()
+                .map(|&n| n as usize);
             // `value_offsets` may start past zero in a slice; the values between first and last
             // offset are the batch's.
             if !list.offsets().lengths().eq(rows) || list.null_count() > 0 {
@@ -197,11 +209,19 @@ impl Shard {
             }
             tokens.extend_from_slice(values.values().get(first..last)?);
             if self.has_weights {
-                let list = batch.column_by_name(format::LOSS_WEIGHT)?.as_list_opt::<i32>()?;
+                let list = batch
+                    .column_by_name(format::LOSS_WEIGHT)?
+                    .as_list_opt::<i32>()?;
                 let offsets = list.value_offsets();
                 let (first, last) = (*offsets.first()? as usize, *offsets.last()? as usize);
                 let values = list.values().as_primitive_opt::<Float16Type>()?;
-                weight_bits.extend(values.values().get(first..last)?.iter().map(|w| w.to_bits()));
+                weight_bits.extend(
+                    values
+                        .values()
+                        .get(first..last)?
+                        .iter()
+                        .map(|w| w.to_bits()),
+                );
             }
             Some(())
         })?;
@@ -211,7 +231,11 @@ impl Shard {
             || tokens.len() as u64 != summary.tokens
             || format::tokens_digest(&lengths, &tokens, weights) != summary.tokens_digest
         {
-            return Err(Error::Corrupt { path: self.path.clone(), row_group, what: "tokens" });
+            return Err(Error::Corrupt {
+                path: self.path.clone(),
+                row_group,
+                what: "tokens",
+            });
         }
         let mut offsets = Vec::with_capacity(lengths.len() + 1);
         offsets.push(0);
@@ -220,12 +244,24 @@ impl Shard {
             end += n as usize;
             end
         }));
-        if tokens.iter().copied().max().is_some_and(|id| id as usize >= vocab_size) {
+        if tokens
+            .iter()
+            .copied()
+            .max()
+            .is_some_and(|id| id as usize >= vocab_size)
+        {
             return Err(self.out_of_range(row_group, &offsets, &tokens, vocab_size));
         }
-        let weights = weights
-            .map(|bits| bits.iter().map(|&b| half::f16::from_bits(b).to_f32()).collect());
-        Ok(RowGroupTokens { offsets, tokens, weights })
+        let weights = weights.map(|bits| {
+            bits.iter()
+                .map(|&b| half::f16::from_bits(b).to_f32())
+                .collect()
+        });
+        Ok(RowGroupTokens {
+            offsets,
+            tokens,
+            weights,
+        })
     }
 
     /// Reads the lengths, and `with_ids` the ids, of a row group's documents.
@@ -245,7 +281,9 @@ impl Shard {
         self.read_columns(row_group, &columns, |batch| {
             lengths.extend_from_slice(u32_column(batch, format::N_TOKENS)?);
             if with_ids {
-                let column = batch.column_by_name(format::DOC_ID)?.as_string_opt::<i32>()?;
+                let column = batch
+                    .column_by_name(format::DOC_ID)?
+                    .as_string_opt::<i32>()?;
                 for id in column.iter() {
                     ids.push(id?.to_string());
                 }
@@ -256,7 +294,11 @@ impl Shard {
             && format::ids_digest(&lengths, ids.iter().map(String::as_str)) != summary.ids_digest;
         if digest_differs || lengths.iter().map(|&n| u64::from(n)).sum::<u64>() != summary.tokens {
             let what = "document lengths and ids";
-            return Err(Error::Corrupt { path: self.path.clone(), row_group, what });
+            return Err(Error::Corrupt {
+                path: self.path.clone(),
+                row_group,
+                what,
+            });
         }
         if let Some(row) = lengths.iter().position(|&n| n == 0) {
             let problem = "a document without tokens; every document ends with the end-of-text id";
@@ -267,7 +309,10 @@ impl Shard {
                 problem: problem.to_string(),
             });
         }
-        Ok(RowGroupIndex { lengths, ids: with_ids.then_some(ids) })
+        Ok(RowGroupIndex {
+            lengths,
+            ids: with_ids.then_some(ids),
+        })
     }
 
     fn summary(&self, row_group: usize) -> Result<&RowGroupSummary> {
@@ -289,10 +334,8 @@ impl Shard {
     ) -> Result<()> {
         let file = File::open(&self.path).map_err(Error::io("open", &self.path))?;
         guarded(&self.path, Some(row_group), || {
-            let mask = ProjectionMask::columns(
-                self.metadata.parquet_schema(),
-                columns.iter().copied(),
-            );
+            let mask =
+                ProjectionMask::columns(self.metadata.parquet_schema(), columns.iter().copied());
             let reader =
                 ParquetRecordBatchReaderBuilder::new_with_metadata(file, self.metadata.clone())
                     .with_row_groups(vec![row_group])
@@ -316,8 +359,13 @@ impl Shard {
         tokens: &[u32],
         vocab_size: usize,
     ) -> Error {
-        let index = tokens.iter().position(|&id| id as usize >= vocab_size).unwrap_or(0);
-        let row = offsets.partition_point(|&offset| offset <= index).saturating_sub(1);
+        let index = tokens
+            .iter()
+            .position(|&id| id as usize >= vocab_size)
+            .unwrap_or(0);
+        let row = offsets
+            .partition_point(|&offset| offset <= index)
+            .saturating_sub(1);
         Error::TokenOutOfRange {
             path: self.path.clone(),
             row_group,
@@ -330,16 +378,16 @@ impl Shard {
 }
 
 fn u32_column<'a>(batch: &'a RecordBatch, name: &str) -> Option<&'a [u32]> {
-    let column = batch.column_by_name(name)?.as_primitive_opt::<UInt32Type>()?;
+    let column = batch
+        .column_by_name(name)?
+        .as_primitive_opt::<UInt32Type>()?;
     (column.null_count() == 0).then(|| &column.values()[..])
 }
 
 /// Checks names and types of the columns; answers whether loss weights are stored.
 fn check_schema(path: &Path, fields: &arrow_schema::Fields) -> Result<bool> {
     let field = |name: &str| fields.iter().find(|f| f.name() == name).map(|f| f.as_ref());
-    let list_of = |f: &Field, item: DataType| {
-        matches!(f.data_type(), DataType::List(element) if *element.data_type() == item)
-    };
+    let list_of = |f: &Field, item: DataType| matches!(f.data_type(), DataType::List(element) if *element.data_type() == item);
     let check = |name: &str, expected: &str, right: &dyn Fn(&Field) -> bool| match field(name) {
         Some(f) if right(f) => Ok(()),
         found => Err(Error::Schema {
@@ -349,12 +397,20 @@ fn check_schema(path: &Path, fields: &arrow_schema::Fields) -> Result<bool> {
             found: found.map_or("no such column".to_string(), |f| f.data_type().to_string()),
         }),
     };
-    check(format::TOKENS, "list<uint32>", &|f| list_of(f, DataType::UInt32))?;
-    check(format::N_TOKENS, "uint32", &|f| *f.data_type() == DataType::UInt32)?;
-    check(format::DOC_ID, "string", &|f| *f.data_type() == DataType::Utf8)?;
+    check(format::TOKENS, "list<uint32>", &|f| {
+        list_of(f, DataType::UInt32)
+    })?;
+    check(format::N_TOKENS, "uint32", &|f| {
+        *f.data_type() == DataType::UInt32
+    })?;
+    check(format::DOC_ID, "string", &|f| {
+        *f.data_type() == DataType::Utf8
+    })?;
     let has_weights = field(format::LOSS_WEIGHT).is_some();
     if has_weights {
-        check(format::LOSS_WEIGHT, "list<float16>", &|f| list_of(f, DataType::Float16))?;
+        check(format::LOSS_WEIGHT, "list<float16>", &|f| {
+            list_of(f, DataType::Float16)
+        })?;
     }
     Ok(has_weights)
 }
@@ -368,9 +424,17 @@ fn footer_checksum(file: &mut File, size_bytes: u64, path: &Path) -> Result<Stri
         file.read_exact(&mut bytes)?;
         Ok(bytes)
     };
-    let failed = |e| Error::Io { action: "read the footer of", path: path.to_path_buf(), source: e };
+    let failed = |e| Error::Io {
+        action: "read the footer of",
+        path: path.to_path_buf(),
+        source: e,
+    };
     let tail = read(file, size_bytes.saturating_sub(8), 8).map_err(failed)?;
-    let length = tail.iter().take(4).rev().fold(0u64, |n, &byte| n << 8 | u64::from(byte));
+    let length = tail
+        .iter()
+        .take(4)
+        .rev()
+        .fold(0u64, |n, &byte| n << 8 | u64::from(byte));
     let start = size_bytes.saturating_sub(8 + length);
     let footer = read(file, start, size_bytes - start).map_err(failed)?;
     Ok(crate::mix::content_hash(&footer))
@@ -390,5 +454,9 @@ fn guarded<T>(
         Err(_) => "its pages are malformed".to_string(),
     };
     let place = row_group.map_or(String::new(), |n| format!(", row group {n}"));
-    Err(Error::Parquet { path: path.to_path_buf(), place, detail })
+    Err(Error::Parquet {
+        path: path.to_path_buf(),
+        place,
+        detail,
+    })
 }

@@ -5,7 +5,11 @@ use crate::error::Error;
 use std::path::{Path, PathBuf};
 
 fn header() -> ShardHeader {
-    ShardHeader { tokenizer: "test".into(), vocab_size: 100, eos_id: 0 }
+    ShardHeader {
+        tokenizer: "test".into(),
+        vocab_size: 100,
+        eos_id: 0,
+    }
 }
 
 /// Ten documents of 1..=10 tokens in row groups of at least 12.
@@ -15,7 +19,12 @@ fn write_shard(folder: &Path) -> PathBuf {
     for n in 1..=10u32 {
         let tokens: Vec<u32> = (0..n).map(|i| (n * 7 + i) % 100).collect();
         let id = format!("doc-{n}");
-        let row = DocumentRow { doc_id: &id, source: "s", tokens: &tokens, loss_weight: None };
+        let row = DocumentRow {
+            doc_id: &id,
+            source: "s",
+            tokens: &tokens,
+            loss_weight: None,
+        };
         writer.push(row).unwrap();
     }
     writer.finish().unwrap();
@@ -29,7 +38,14 @@ fn round_trip() {
     assert_eq!((shard.documents(), shard.tokens()), (10, 55));
     assert_eq!(shard.header(), &header());
     assert!(shard.row_groups().len() > 2);
-    assert!(shard.row_groups().iter().rev().skip(1).all(|g| g.tokens >= 12));
+    assert!(
+        shard
+            .row_groups()
+            .iter()
+            .rev()
+            .skip(1)
+            .all(|g| g.tokens >= 12)
+    );
     let mut n = 0u32;
     for group in 0..shard.row_groups().len() {
         let tokens = shard.read_tokens(group, 100).unwrap();
@@ -54,9 +70,21 @@ fn weights_round_trip() {
     let path = folder.path().join("w.parquet");
     let mut writer = ShardWriter::create(&path, &header(), 100, true).unwrap();
     let weights = [half::f16::from_f32(0.5), half::f16::from_f32(0.0)];
-    let row = DocumentRow { doc_id: "a", source: "", tokens: &[1, 0], loss_weight: Some(&weights) };
+    let row = DocumentRow {
+        doc_id: "a",
+        source: "",
+        tokens: &[1, 0],
+        loss_weight: Some(&weights),
+    };
     writer.push(row).unwrap();
-    assert!(writer.push(DocumentRow { loss_weight: None, ..row }).is_err());
+    assert!(
+        writer
+            .push(DocumentRow {
+                loss_weight: None,
+                ..row
+            })
+            .is_err()
+    );
     writer.finish().unwrap();
     let group = Shard::open(&path).unwrap().read_tokens(0, 100).unwrap();
     assert_eq!(group.weights(0), Some(&[0.5, 0.0][..]));
@@ -75,11 +103,29 @@ fn the_writer_refuses_what_the_reader_would() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("s.parquet");
     let mut writer = ShardWriter::create(&path, &header(), 100, false).unwrap();
-    let row = DocumentRow { doc_id: "a", source: "", tokens: &[], loss_weight: None };
+    let row = DocumentRow {
+        doc_id: "a",
+        source: "",
+        tokens: &[],
+        loss_weight: None,
+    };
     assert!(matches!(writer.push(row), Err(Error::Row { .. })));
-    let row = DocumentRow { tokens: &[3, 100], ..row };
+    let row = DocumentRow {
+        tokens: &[3, 100],
+        ..row
+    };
     let error = writer.push(row).unwrap_err();
-    assert!(matches!(error, Error::TokenOutOfRange { position: 1, id: 100, .. }), "{error}");
+    assert!(
+        matches!(
+            error,
+            Error::TokenOutOfRange {
+                position: 1,
+                id: 100,
+                ..
+            }
+        ),
+        "{error}"
+    );
 }
 
 #[test]
@@ -91,9 +137,14 @@ fn ids_past_the_vocabulary_are_named() {
     assert!(shard.read_tokens(0, 73).is_ok());
     let error = shard.read_tokens(last, 73).unwrap_err();
     let text = error.to_string();
-    let Error::TokenOutOfRange { position, id, .. } = error else { panic!("{text}") };
+    let Error::TokenOutOfRange { position, id, .. } = error else {
+        panic!("{text}")
+    };
     assert_eq!((position, id), (3, 73));
-    assert!(text.contains("shard.parquet") && text.contains("row 0"), "{text}");
+    assert!(
+        text.contains("shard.parquet") && text.contains("row 0"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -117,7 +168,9 @@ fn damaged_files_never_yield_other_tokens() {
     let path = write_shard(folder.path());
     let shard = Shard::open(&path).unwrap();
     let read = |shard: &Shard| -> crate::Result<Vec<RowGroupTokens>> {
-        (0..shard.row_groups().len()).map(|g| shard.read_tokens(g, 100)).collect()
+        (0..shard.row_groups().len())
+            .map(|g| shard.read_tokens(g, 100))
+            .collect()
     };
     let right = read(&shard).unwrap();
     let whole = std::fs::read(&path).unwrap();
@@ -150,5 +203,8 @@ fn parquet_that_is_no_shard_is_refused() {
     writer.write(&batch).unwrap();
     writer.close().unwrap();
     let text = Shard::open(&path).unwrap_err().to_string();
-    assert!(text.contains("\"tokens\"") && text.contains("Int64"), "{text}");
+    assert!(
+        text.contains("\"tokens\"") && text.contains("Int64"),
+        "{text}"
+    );
 }

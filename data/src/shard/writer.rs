@@ -3,9 +3,7 @@
 use super::format::{self, RowGroupSummary, ShardHeader};
 use crate::atomic;
 use crate::error::{Error, Result};
-use arrow_array::{
-    ArrayRef, Float16Array, ListArray, RecordBatch, StringArray, UInt32Array,
-};
+use arrow_array::{ArrayRef, Float16Array, ListArray, RecordBatch, StringArray, UInt32Array};
 use arrow_buffer::{OffsetBuffer, ScalarBuffer};
 use arrow_schema::{DataType, Field, SchemaRef};
 use half::f16;
@@ -91,9 +89,8 @@ impl ShardWriter {
             .set_statistics_enabled(EnabledStatistics::None)
             .set_max_row_group_row_count(None)
             .build();
-        let writer =
-            ArrowWriter::try_new(atomic::begin(path)?, schema.clone(), Some(properties))
-                .map_err(|e| parquet_error(path, e))?;
+        let writer = ArrowWriter::try_new(atomic::begin(path)?, schema.clone(), Some(properties))
+            .map_err(|e| parquet_error(path, e))?;
         Ok(Self {
             path: path.to_path_buf(),
             header: header.clone(),
@@ -125,8 +122,10 @@ impl ShardWriter {
                 row.tokens.len()
             )));
         }
-        if let Some(position) =
-            row.tokens.iter().position(|&id| id as usize >= self.header.vocab_size)
+        if let Some(position) = row
+            .tokens
+            .iter()
+            .position(|&id| id as usize >= self.header.vocab_size)
         {
             return Err(Error::TokenOutOfRange {
                 path: self.path.clone(),
@@ -174,7 +173,10 @@ impl ShardWriter {
         for pair in format::metadata(&self.header, &self.groups)? {
             self.writer.append_key_value_metadata(pair);
         }
-        let file = self.writer.into_inner().map_err(|e| parquet_error(&self.path, e))?;
+        let file = self
+            .writer
+            .into_inner()
+            .map_err(|e| parquet_error(&self.path, e))?;
         atomic::commit(file, &self.path)?;
         Ok(ShardSummary {
             documents: self.groups.iter().map(|g| g.documents).sum(),
@@ -226,13 +228,18 @@ impl ShardWriter {
         let path = &self.path;
         let batch = RecordBatch::try_new(self.schema.clone(), columns)
             .map_err(|e| parquet_error(path, e))?;
-        self.writer.write(&batch).map_err(|e| parquet_error(path, e))?;
+        self.writer
+            .write(&batch)
+            .map_err(|e| parquet_error(path, e))?;
         self.writer.flush().map_err(|e| parquet_error(path, e))
     }
 }
 
 /// Writing fails for want of disk space or permission, not for damaged data.
 fn parquet_error(path: &Path, error: impl std::error::Error + Send + Sync + 'static) -> Error {
-    Error::Io { action: "write", path: path.to_path_buf(), source: std::io::Error::other(error) }
+    Error::Io {
+        action: "write",
+        path: path.to_path_buf(),
+        source: std::io::Error::other(error),
+    }
 }
-
