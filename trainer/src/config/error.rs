@@ -11,7 +11,8 @@ use std::path::PathBuf;
 pub enum ConfigError {
     /// The file could not be read at all.
     #[error(
-        "cannot read the config {path}: {source}\n  = help: name a TOML file that exists and is readable",
+        "cannot read the config {path}: {source}\n  = help: name a TOML file that exists and is \
+         readable",
         path = path.display()
     )]
     Read {

@@ -9,7 +9,7 @@ use std::path::Path;
 use super::error::{ConfigError, Problem, refuse_if_any};
 use super::keys;
 use super::presets::{self, PRESETS};
-use super::schema::{Fallback, Key, Kind, join, nearest};
+use super::schema::{Fallback, Key, Kind, join, may_be_in_name, nearest};
 use super::source::{Layer, Origin, Sources};
 use super::tree::{Entry, Node, Table, Value, parse_document, parse_value};
 
@@ -75,40 +75,56 @@ fn apply_preset(root: &mut Node, sources: &mut Sources) -> Result<(), ConfigErro
 
 /// Refuses a tree that lacks required sections or keys.
 fn require(root: &Node, name: &Path, sources: &Sources) -> Result<(), ConfigError> {
-    let mut problems = Vec::new();
-    for key in keys::ROOT
+    let missing = keys::ROOT
         .iter()
-        .filter(|key| matches!(key.fallback, Fallback::Required))
-    {
-        let empty = match (key.kind, root.get(key.name)) {
-            (Kind::Sections(_), Some(node)) => node.items().is_empty(),
-            (_, node) => node.is_none(),
-        };
-        if empty {
-            let (header, keys) = match key.kind {
-                Kind::Sections(keys) => (format!("[[{}]]", key.name), keys),
-                Kind::Section(keys) => (format!("[{}]", key.name), keys),
-                _ => (key.name.to_owned(), &[][..]),
-            };
-            let needs: Vec<String> = required_names(keys);
-            problems.push(Problem {
-                message: format!("{}: the section `{header}` is missing", name.display()),
-                place: None,
-                help: format!("add `{header}` with {}", needs.join(", ")),
-            });
-        }
-    }
-    refuse_if_any(problems)?;
+        .filter(|key| is_missing(key, root.get(key.name)));
+    let problem = |key: &Key| Problem {
+        message: format!(
+            "{}: the section {} is missing",
+            name.display(),
+            header(key, key.name)
+        ),
+        place: None,
+        help: format!("add {}", how_to_add(key, key.name)),
+    };
+    refuse_if_any(missing.map(problem).collect())?;
     let mut problems = Vec::new();
     require_keys(root, keys::ROOT, "", sources, &mut problems);
     refuse_if_any(problems)
 }
 
-fn required_names(keys: &[Key]) -> Vec<String> {
-    let required = keys
+fn is_missing(key: &Key, node: Option<&Node>) -> bool {
+    let absent = match (key.kind, node) {
+        (Kind::Sections(_), Some(node)) => node.items().is_empty(),
+        (_, node) => node.is_none(),
+    };
+    absent && matches!(key.fallback, Fallback::Required)
+}
+
+/// The key as it stands in a file: `[model]`, `[[data.source]]` or `seq_len`, in backticks.
+fn header(key: &Key, path: &str) -> String {
+    match key.kind {
+        Kind::Section(_) => format!("`[{path}]`"),
+        Kind::Sections(_) => format!("`[[{path}]]`"),
+        _ => format!("`{}`", key.name),
+    }
+}
+
+fn how_to_add(key: &Key, path: &str) -> String {
+    let header = header(key, path);
+    let (Kind::Section(inner) | Kind::Sections(inner)) = key.kind else {
+        return format!("{header} ({})", key.kind.describe());
+    };
+    if path == "model" {
+        return format!("{header} with a `preset`, or with all sizes");
+    }
+    let required = inner
         .iter()
         .filter(|key| matches!(key.fallback, Fallback::Required));
-    required.map(|key| format!("`{}`", key.name)).collect()
+    let required: Vec<String> = required
+        .map(|key| self::header(key, &join(path, key.name)))
+        .collect();
+    format!("{header} with {}", required.join(", "))
 }
 
 fn require_keys(
@@ -122,36 +138,39 @@ fn require_keys(
     for key in keys {
         let child = node.get(key.name);
         let path = join(path, key.name);
+        if is_missing(key, child) {
+            missing.push(key);
+            continue;
+        }
         match (key.kind, child) {
             (Kind::Section(keys), Some(child)) => {
                 require_keys(child, keys, &path, sources, problems);
             }
-            (Kind::Sections(keys), Some(child)) if !child.items().is_empty() => {
+            (Kind::Sections(keys), Some(child)) => {
                 for (index, item) in child.items().iter().enumerate() {
                     require_keys(item, keys, &format!("{path}.{index}"), sources, problems);
                 }
             }
-            (Kind::Sections(_), Some(_)) => missing.push(key),
-            (_, None) if matches!(key.fallback, Fallback::Required) => missing.push(key),
             _ => {}
         }
     }
     if missing.is_empty() {
         return;
     }
-    let names: Vec<String> = missing
-        .iter()
-        .map(|key| format!("`{}`", key.name))
-        .collect();
-    let wanted: Vec<String> = missing
-        .iter()
-        .map(|key| format!("`{}` ({})", key.name, key.kind.describe()))
-        .collect();
-    let mut help = format!("add {}", wanted.join(", "));
-    if path == "model" {
-        help = format!("{help}; or take all sizes from a `preset`");
-    }
-    let message = format!("`{path}` lacks {}", names.join(", "));
+    let list = |text: fn(&Key, &str) -> String| -> String {
+        let texts: Vec<String> = missing
+            .iter()
+            .map(|key| text(key, &join(path, key.name)))
+            .collect();
+        texts.join(", ")
+    };
+    let preset = if path == "model" {
+        "; or take all sizes from a `preset`"
+    } else {
+        ""
+    };
+    let message = format!("`{path}` lacks {}", list(header));
+    let help = format!("add {}{preset}", list(how_to_add));
     problems.push(sources.problem(&node.origin, message, help));
 }
 
@@ -220,10 +239,9 @@ fn run_defaults(root: &mut Node, name: &Path) {
         .file_stem()
         .and_then(|stem| stem.to_str())
         .unwrap_or("run");
-    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
     let stem: String = stem
         .chars()
-        .map(|c| if allowed(c) { c } else { '-' })
+        .map(|c| if may_be_in_name(c) { c } else { '-' })
         .collect();
     let stem = stem.trim_start_matches('.');
     let stem = if stem.is_empty() { "run" } else { stem };

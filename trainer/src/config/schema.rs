@@ -305,6 +305,10 @@ fn number(value: &Value) -> Option<f64> {
 }
 
 fn is_name(text: &str) -> bool {
-    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
-    !text.is_empty() && !text.starts_with('.') && text.chars().all(allowed)
+    !text.is_empty() && !text.starts_with('.') && text.chars().all(may_be_in_name)
+}
+
+/// Whether a [`Kind::Name`] may contain the character.
+pub(super) fn may_be_in_name(c: char) -> bool {
+    c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.')
 }

@@ -152,6 +152,39 @@ fn missing_sections_and_keys_are_named() {
   = help: add `[optimizer]` with `lr`",
     );
     assert_text(
+        &refusal(&minimal_with(
+            "[[data.source]]\nname = \"web\"\npath = \"shards/*.parquet\"\n",
+            "",
+        )),
+        "run.toml: the section `[data]` is missing
+  = help: add `[data]` with `[[data.source]]`",
+    );
+    assert_text(
+        &refusal(&minimal_with(
+            "[[data.source]]\nname = \"web\"\npath = \"shards/*.parquet\"\n",
+            "[data]",
+        )),
+        "`data` lacks `[[data.source]]`
+ --> run.toml:4:1
+  |
+4 | [data]
+  | ^^^^^^
+  = help: add `[[data.source]]` with `name`, `path`",
+    );
+    assert_text(
+        &refusal(&minimal_with(
+            "preset = \"tiny\"",
+            "vocab_size = 8\nhidden_size = 8\nnum_layers = 1",
+        )),
+        "`model` lacks `intermediate_size`, `num_heads`
+ --> run.toml:1:1
+  |
+1 | [model]
+  | ^^^^^^^
+  = help: add `intermediate_size` (a whole number from 1 to 4194304), `num_heads` (a whole number \
+from 1 to 65536); or take all sizes from a `preset`",
+    );
+    assert_text(
         &refusal(&minimal_with("seq_len = 4096\n", "")),
         "`stage.0` lacks `seq_len`
   --> run.toml:11:1
