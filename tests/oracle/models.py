@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import counter_hash
 
 torch.set_num_threads(1)
+transformers.utils.logging.disable_progress_bar()
 
 IGNORE = -100
 
