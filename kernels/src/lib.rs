@@ -1,1 +1,61 @@
 //! Every piece of math of the trainer, one file per operation.
+//!
+//! # How an op looks
+//!
+//! An op is a file with `forward`, `backward` and `reference`: two kernels that write into tensors
+//! they are given, and the same function as a composition of libtorch ops that autograd can
+//! differentiate, which the tests hold the kernels against. There is no tape: the trainer calls
+//! the pairs itself and so knows exactly what is saved, where memory goes and when a gradient is
+//! complete.
+//!
+//! * **Dtypes.** `T` is the compute dtype, `R` that of the residual stream; each is fp32 or bf16.
+//!   Arithmetic between loading and storing is fp32, sums of products included.
+//! * **Outputs** are preallocated. Input gradients are written (`=`) or added to (`+=`) as each op
+//!   says; weight gradients are fp32 and always added to, so micro-batches accumulate by
+//!   themselves. A weight gradient that is not wanted is `None`.
+//! * **Scratch** comes from a [`Workspace`]. Nothing else is allocated per call, except by calls of
+//!   libtorch that have no `out` form (flash attention, see [`attention`]).
+//! * **Arguments** are checked before anything is written: device, dtype, shape, layout, overlap
+//!   of outputs. A device or dtype without a kernel answers [`Error::Unsupported`].
+//! * **Determinism.** The same call gives the same bits. Own kernels also do so on any number of
+//!   threads, because they sum in blocks whose size is fixed; matrix products and attention are
+//!   the libraries' and may round differently on another number of threads.
+//!
+//! # What lies underneath
+//!
+//! Elementwise kernels are plain Rust loops over slices, compiled once per instruction set
+//! ([`simd`]) and run on libtorch's own OpenMP threads ([`sys::parallel`]): compute has one pool.
+//! All `unsafe` that touches memory is in [`sys`]. [`memory`] counts the bytes of libtorch's CPU
+//! tensors through a small C++ shim.
+
+pub mod adamw;
+pub mod add;
+pub mod attention;
+pub mod cast;
+mod documents;
+pub mod embedding;
+mod error;
+mod float;
+pub mod linear;
+pub mod linear_cross_entropy;
+pub mod memory;
+pub mod norm;
+pub mod philox;
+pub mod probe;
+pub mod rms_norm;
+pub mod rope;
+pub mod simd;
+pub mod swiglu;
+pub mod sys;
+#[cfg(test)]
+mod testing;
+mod threads;
+mod workspace;
+
+pub use documents::DocumentStarts;
+pub use error::Error;
+pub use float::{Float, Scalar};
+pub use probe::cpu_prefers_bf16;
+pub use rope::RopeTable;
+pub use threads::Threads;
+pub use workspace::Workspace;

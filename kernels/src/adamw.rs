@@ -1,0 +1,291 @@
+//! AdamW (Loshchilov & Hutter 2019) on flat fp32 slices.
+//!
+//! The arithmetic follows `torch.optim.AdamW` (single-tensor, not capturable) operation by
+//! operation, each rounded to fp32; scalars are prepared in fp64 and rounded once. That keeps a
+//! run in fp32 within rounding of the same run under PyTorch.
+
+use tch::Tensor;
+
+use crate::Error;
+use crate::float::{Float, with_float};
+use crate::simd::simd;
+use crate::sys::operands::{Operands, sizes};
+use crate::sys::parallel::parallel_split;
+use crate::sys::split::Rows;
+
+const OP: &str = "adamw.step";
+
+/// Elements of one block: the five streams of a block stay within a second-level cache.
+const GRAIN: usize = 8192;
+
+/// Hyper-parameters of one step over one range of parameters.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamW {
+    /// Learning rate of this step.
+    pub lr: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled weight decay; 0 for norms and biases.
+    pub weight_decay: f64,
+    /// The gradient is multiplied by this first: clip factor over the number of valid tokens.
+    pub grad_scale: f64,
+    /// Adam's time after this step, counted from 1; it corrects the moments' bias.
+    pub step: u64,
+}
+
+/// The state of one flat range of parameters, all `[n]` fp32.
+pub struct State<'a> {
+    /// The weights in full precision (updated).
+    pub master: &'a mut Tensor,
+    /// First moment (updated).
+    pub exp_avg: &'a mut Tensor,
+    /// Second moment (updated).
+    pub exp_avg_sq: &'a mut Tensor,
+}
+
+/// Scalars of a step, rounded to fp32 where PyTorch rounds them.
+#[derive(Clone, Copy)]
+struct Scalars {
+    decay: f32,
+    grad_scale: f32,
+    one_minus_beta1: f32,
+    beta2: f32,
+    one_minus_beta2: f32,
+    root_correction2: f32,
+    eps: f32,
+    minus_step_size: f32,
+}
+
+/// One step: `grad: [n]` fp32 is read, `state` updated, and the new weights are also written to
+/// `weight_out: [n]` (fp32 or bf16, rounded to nearest even) where given. Elementwise: same bits
+/// on any number of threads and any split of the range.
+///
+/// # Errors
+/// The argument errors of [`Error`]; [`Error::Argument`] if `step` is 0.
+pub fn step(
+    adamw: &AdamW,
+    state: State<'_>,
+    grad: &Tensor,
+    weight_out: Option<&mut Tensor>,
+) -> Result<(), Error> {
+    let [n] = sizes(OP, "master", state.master)?;
+    if adamw.step == 0 {
+        let message = "Adam's time is counted from 1, found 0".to_owned();
+        return Err(Error::Argument { op: OP, message });
+    }
+    let power = i32::try_from(adamw.step).unwrap_or(i32::MAX);
+    let correction1 = 1.0 - adamw.beta1.powi(power);
+    let correction2 = 1.0 - adamw.beta2.powi(power);
+    let scalars = Scalars {
+        decay: (1.0 - adamw.lr * adamw.weight_decay) as f32,
+        grad_scale: adamw.grad_scale as f32,
+        one_minus_beta1: (1.0 - adamw.beta1) as f32,
+        beta2: adamw.beta2 as f32,
+        one_minus_beta2: (1.0 - adamw.beta2) as f32,
+        root_correction2: correction2.sqrt() as f32,
+        eps: adamw.eps as f32,
+        minus_step_size: -(adamw.lr / correction1) as f32,
+    };
+    match weight_out {
+        None => run::<f32>(n, scalars, state, grad, None),
+        Some(out) => with_float!(OP, "weight_out", out => T: {
+            run::<T>(n, scalars, state, grad, Some(out))
+        }),
+    }
+}
+
+fn run<T: Float>(
+    n: usize,
+    scalars: Scalars,
+    state: State<'_>,
+    grad: &Tensor,
+    weight_out: Option<&mut Tensor>,
+) -> Result<(), Error> {
+    let mut operands = Operands::new(OP);
+    let grad = operands.read::<f32>("grad", grad, &[n])?;
+    let master = Rows::new(operands.write::<f32>("master", state.master, &[n])?, GRAIN);
+    let m = Rows::new(
+        operands.write::<f32>("exp_avg", state.exp_avg, &[n])?,
+        GRAIN,
+    );
+    let v = Rows::new(
+        operands.write::<f32>("exp_avg_sq", state.exp_avg_sq, &[n])?,
+        GRAIN,
+    );
+    let out = weight_out
+        .map(|out| {
+            operands
+                .write::<T>("weight_out", out, &[n])
+                .map(|out| Rows::new(out, GRAIN))
+        })
+        .transpose()?;
+    parallel_split(
+        n.div_ceil(GRAIN),
+        1,
+        (master, m, v, out),
+        |range, (w, m, v, out)| {
+            let grad = &grad[range.start * GRAIN..][..w.len()];
+            match out {
+                Some(out) => update(scalars, grad, w, m, v, out),
+                None => update::<T>(scalars, grad, w, m, v, &mut []),
+            }
+        },
+    );
+    Ok(())
+}
+
+simd! {
+fn update<T: Float>(
+    s: Scalars, grad: &[f32], w: &mut [f32], m: &mut [f32], v: &mut [f32], out: &mut [T],
+) {
+    let n = grad.len();
+    let (w, m, v) = (&mut w[..n], &mut m[..n], &mut v[..n]);
+    for i in 0..n {
+        let g = grad[i] * s.grad_scale;
+        let decayed = w[i] * s.decay;
+        let first = m[i] + s.one_minus_beta1 * (g - m[i]);
+        let second = v[i] * s.beta2 + s.one_minus_beta2 * g * g;
+        let denominator = second.sqrt() / s.root_correction2 + s.eps;
+        m[i] = first;
+        v[i] = second;
+        w[i] = decayed + s.minus_step_size * first / denominator;
+    }
+    for (out, w) in out.iter_mut().zip(w) {
+        *out = T::from_f32(*w);
+    }
+}
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use super::*;
+    use crate::testing::*;
+    use tch::Kind;
+
+    const N: i64 = 20_011;
+
+    fn hyper(step: u64) -> AdamW {
+        AdamW {
+            lr: 3e-3,
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            weight_decay: 0.1,
+            grad_scale: 0.37,
+            step,
+        }
+    }
+
+    /// `torch.optim.AdamW` op by op, in the dtype of its arguments.
+    fn torch_step(a: &AdamW, w: &mut Tensor, m: &mut Tensor, v: &mut Tensor, grad: &Tensor) {
+        let g = grad * a.grad_scale;
+        let _ = w.g_mul_scalar_(1.0 - a.lr * a.weight_decay);
+        let _ = m.lerp_(&g, 1.0 - a.beta1);
+        let _ = v.g_mul_scalar_(a.beta2);
+        *v += &g * &g * (1.0 - a.beta2);
+        let correction = |beta: f64| 1.0 - beta.powi(a.step as i32);
+        let denominator = v.sqrt() / correction(a.beta2).sqrt() + a.eps;
+        *w -= &*m / denominator * (a.lr / correction(a.beta1));
+    }
+
+    #[test]
+    fn follows_torch_in_fp32_and_fp64_for_twenty_steps() {
+        let start = normal("w", &[N], Kind::Float);
+        let zero = || zeros(&[N], Kind::Float);
+        let (mut w, mut m, mut v) = (start.copy(), zero(), zero());
+        let (mut w32, mut m32, mut v32) = (start.copy(), zero(), zero());
+        let wide = |x: Tensor| x.to_kind(Kind::Double);
+        let (mut w64, mut m64, mut v64) = (wide(start.copy()), wide(zero()), wide(zero()));
+        for step_number in 1..=20 {
+            let hyper = hyper(step_number);
+            let grad = normal(&format!("grad {step_number}"), &[N], Kind::Float);
+            let state = State {
+                master: &mut w,
+                exp_avg: &mut m,
+                exp_avg_sq: &mut v,
+            };
+            step(&hyper, state, &grad, None).unwrap();
+            torch_step(&hyper, &mut w32, &mut m32, &mut v32, &grad);
+            torch_step(&hyper, &mut w64, &mut m64, &mut v64, &wide(grad.copy()));
+        }
+        for (name, own, fp32, fp64) in [
+            ("w", &w, &w32, &w64),
+            ("m", &m, &m32, &m64),
+            ("v", &v, &v32, &v64),
+        ] {
+            assert_close(name, own, fp32, 1e-7);
+            assert_close(name, own, fp64, 1e-6);
+        }
+        assert!(relative(&w, &start) > 1e-2, "the weights must have moved");
+    }
+
+    #[test]
+    fn writes_the_rounded_weight_in_the_same_pass() {
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let mut w = normal("w", &[N], Kind::Float);
+            let (mut m, mut v) = (zeros(&[N], Kind::Float), zeros(&[N], Kind::Float));
+            let mut out = poison(&[N], kind);
+            let state = State {
+                master: &mut w,
+                exp_avg: &mut m,
+                exp_avg_sq: &mut v,
+            };
+            let grad = normal("g", &[N], Kind::Float);
+            step(&hyper(1), state, &grad, Some(&mut out)).unwrap();
+            assert_eq!(bits(&out), bits(&w.to_kind(kind)));
+        }
+    }
+
+    #[test]
+    fn any_split_and_any_number_of_threads_give_the_same_bits() {
+        fn run(cuts: &[i64]) -> Vec<u32> {
+            let w = normal("w", &[N], Kind::Float);
+            let (m, v) = (zeros(&[N], Kind::Float), zeros(&[N], Kind::Float));
+            let grad = normal("g", &[N], Kind::Float);
+            for pair in cuts.windows(2) {
+                let part = |x: &Tensor| x.narrow(0, pair[0], pair[1] - pair[0]);
+                let state = State {
+                    master: &mut part(&w),
+                    exp_avg: &mut part(&m),
+                    exp_avg_sq: &mut part(&v),
+                };
+                step(&hyper(3), state, &part(&grad), None).unwrap();
+            }
+            [bits(&w), bits(&m), bits(&v)].concat()
+        }
+        assert_thread_independent(|| run(&[0, N]));
+        assert!(run(&[0, N]) == run(&[0, 1, 64, 9000, 9001, N]));
+    }
+
+    #[test]
+    fn refuses_time_zero_and_other_lengths() {
+        let zero = || zeros(&[4], Kind::Float);
+        let (mut w, mut m, mut v) = (zero(), zero(), zero());
+        let state = State {
+            master: &mut w,
+            exp_avg: &mut m,
+            exp_avg_sq: &mut v,
+        };
+        assert!(
+            step(&hyper(0), state, &zero(), None)
+                .unwrap_err()
+                .to_string()
+                .contains("from 1")
+        );
+        let state = State {
+            master: &mut w,
+            exp_avg: &mut m,
+            exp_avg_sq: &mut v,
+        };
+        let error = step(&hyper(1), state, &zeros(&[5], Kind::Float), None).unwrap_err();
+        assert!(
+            matches!(error, Error::Shape { tensor: "grad", .. }),
+            "{error}"
+        );
+    }
+}

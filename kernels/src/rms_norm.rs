@@ -1,0 +1,295 @@
+//! Root-mean-square normalisation (Zhang & Sennrich 2019), in LLaMA's order of rounding.
+//!
+//! `y = T(x · rstd) · w` with `rstd = 1 / √(mean(x²) + eps)`: the norm is taken in fp32, rounded
+//! to the compute dtype `T`, and then multiplied by the weight. `x` may come in a wider dtype `R`
+//! (an fp32 residual stream under bf16 compute).
+
+use tch::{Kind, Tensor};
+
+use crate::error::torch;
+use crate::float::{Float, with_float};
+use crate::simd::{simd, sum};
+use crate::sys::operands::{Operands, sizes};
+use crate::sys::parallel::parallel_split;
+use crate::sys::split::{Grid, Rows};
+use crate::{Error, Workspace};
+
+const FORWARD: &str = "rms_norm.forward";
+const BACKWARD: &str = "rms_norm.backward";
+
+/// Rows that one thread takes at least; a row alone is too little work for a region.
+const GRAIN: usize = 8;
+
+/// Blocks of rows whose weight gradients are summed apart. A constant, so that the sum does not
+/// depend on the number of threads.
+const PARTIALS: usize = 64;
+
+/// Normalises each row.
+///
+/// `x: [n, h]` in R, `w: [h]` in T, `y: [n, h]` in T (written), `rstd: [n]` fp32 (written, for
+/// the backward pass). R and T are fp32 or bf16. Same bits on any number of threads.
+///
+/// # Errors
+/// The argument errors of [`Error`].
+pub fn forward(
+    x: &Tensor,
+    w: &Tensor,
+    eps: f64,
+    y: &mut Tensor,
+    rstd: &mut Tensor,
+) -> Result<(), Error> {
+    let [n, h] = sizes(FORWARD, "x", x)?;
+    with_float!(FORWARD, "x", x => R: with_float!(FORWARD, "w", w => T: {
+        let mut operands = Operands::new(FORWARD);
+        let x = operands.read::<R>("x", x, &[n, h])?;
+        let w = operands.read::<T>("w", w, &[h])?;
+        let y = operands.write::<T>("y", y, &[n, h])?;
+        let rstd = operands.write::<f32>("rstd", rstd, &[n])?;
+        parallel_split(n, GRAIN, (Rows::new(y, h), Rows::new(rstd, 1)), |range, (y, rstd)| {
+            let x = &x[range.start * h..range.end * h];
+            forward_rows(x, w, eps as f32, y, rstd);
+        });
+        Ok(())
+    }))
+}
+
+simd! {
+fn forward_rows<R: Float, T: Float>(x: &[R], w: &[T], eps: f32, y: &mut [T], rstd: &mut [f32]) {
+    let h = w.len();
+    for (r, rstd) in rstd.iter_mut().enumerate() {
+        let (x, y) = (&x[r * h..][..h], &mut y[r * h..][..h]);
+        let mean = sum(h, |c| x[c].to_f32() * x[c].to_f32()) / h as f32;
+        *rstd = 1.0 / (mean + eps).sqrt();
+        for c in 0..h {
+            let normalised = T::from_f32(x[c].to_f32() * *rstd);
+            y[c] = T::from_f32(normalised.to_f32() * w[c].to_f32());
+        }
+    }
+}
+}
+
+/// Gradients of [`forward`].
+///
+/// `dy: [n, h]` in T; `x`, `w`, `rstd` as in the forward pass; `dx: [n, h]` in R is **added to**
+/// (it joins the residual stream's gradient); `dw: [h]` fp32, where wanted, is **added to**. Same
+/// bits on any number of threads.
+///
+/// # Errors
+/// The argument errors of [`Error`].
+pub fn backward(
+    dy: &Tensor,
+    x: &Tensor,
+    w: &Tensor,
+    rstd: &Tensor,
+    dx: &mut Tensor,
+    dw: Option<&mut Tensor>,
+    workspace: &mut Workspace,
+) -> Result<(), Error> {
+    let [n, h] = sizes(BACKWARD, "x", x)?;
+    let rows = n.div_ceil(PARTIALS).max(1);
+    let blocks = n.div_ceil(rows);
+    let mut partials = match dw {
+        Some(_) => Some(workspace.take("rms_norm.partials", &[blocks, h], Kind::Float)?),
+        None => None,
+    };
+    with_float!(BACKWARD, "x", x => R: with_float!(BACKWARD, "w", w => T: {
+        let mut operands = Operands::new(BACKWARD);
+        let dy = operands.read::<T>("dy", dy, &[n, h])?;
+        let x = operands.read::<R>("x", x, &[n, h])?;
+        let w = operands.read::<T>("w", w, &[h])?;
+        let rstd = operands.read::<f32>("rstd", rstd, &[n])?;
+        let dx = operands.write::<R>("dx", dx, &[n, h])?;
+        let dw = dw.map(|dw| operands.write::<f32>("dw", dw, &[h])).transpose()?;
+        let mut partials = partials
+            .as_mut()
+            .map(|partials| operands.write::<f32>("partials", partials, &[blocks, h]))
+            .transpose()?;
+        {
+            // A loop item is a block of `rows` rows, with one row of partial sums.
+            let partials = partials.as_deref_mut().map(|partials| Rows::new(partials, h));
+            let outputs = (Rows::new(dx, rows * h), partials);
+            parallel_split(blocks, 1, outputs, |range, (dx, mut partials)| {
+                for (i, (block, dx)) in range.zip(dx.chunks_mut((rows * h).max(1))).enumerate() {
+                    let (start, end) = (block * rows, ((block + 1) * rows).min(n));
+                    let partial = match partials.as_deref_mut() {
+                        Some(partials) => &mut partials[i * h..][..h],
+                        None => &mut [],
+                    };
+                    let (dy, x) = (&dy[start * h..end * h], &x[start * h..end * h]);
+                    backward_rows(dy, x, w, &rstd[start..end], dx, partial);
+                }
+            });
+        }
+        if let (Some(dw), Some(partials)) = (dw, partials) {
+            let columns = Grid::new(dw, h).by_columns();
+            parallel_split(h, 256, columns, |range, mut dw| {
+                add_partials(partials, h, range.start, dw.row(0));
+            });
+        }
+        Ok(())
+    }))
+}
+
+simd! {
+/// Gradients of some rows; an empty `dw` means that the weight's gradient is not wanted.
+fn backward_rows<R: Float, T: Float>(
+    dy: &[T], x: &[R], w: &[T], rstd: &[f32], dx: &mut [R], dw: &mut [f32],
+) {
+    let h = w.len();
+    dw.fill(0.0);
+    for (r, &rstd) in rstd.iter().enumerate() {
+        let (dy, x, dx) = (&dy[r * h..][..h], &x[r * h..][..h], &mut dx[r * h..][..h]);
+        // With x̂ = x·rstd and g = dy·w: dx = rstd · (g − x̂ · mean(g·x̂)).
+        let dot = sum(h, |c| dy[c].to_f32() * w[c].to_f32() * x[c].to_f32());
+        let mean = dot * rstd / h as f32;
+        for c in 0..h {
+            let g = dy[c].to_f32() * w[c].to_f32();
+            let gradient = rstd * (g - x[c].to_f32() * rstd * mean);
+            dx[c] = R::from_f32(dx[c].to_f32() + gradient);
+        }
+        for (c, dw) in dw.iter_mut().enumerate() {
+            *dw += dy[c].to_f32() * (x[c].to_f32() * rstd);
+        }
+    }
+}
+}
+
+simd! {
+/// Adds columns `start..` of all partial sums to `dw`, in the order of the blocks.
+fn add_partials(partials: &[f32], h: usize, start: usize, dw: &mut [f32]) {
+    for row in partials.chunks_exact(h) {
+        for (dw, partial) in dw.iter_mut().zip(&row[start..]) {
+            *dw += *partial;
+        }
+    }
+}
+}
+
+/// The same function as a composition of libtorch ops, for autograd to differentiate.
+///
+/// # Errors
+/// [`Error::Torch`].
+pub fn reference(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor, Error> {
+    let compose = || {
+        let wide = if x.f_kind()? == Kind::BFloat16 {
+            Kind::Float
+        } else {
+            x.f_kind()?
+        };
+        let x = x.f_to_kind(wide)?;
+        let mean = x.f_square()?.f_mean_dim([-1i64].as_slice(), true, wide)?;
+        let normalised = x.f_mul(&mean.f_add_scalar(eps)?.f_rsqrt()?)?;
+        normalised.f_to_kind(w.f_kind()?)?.f_mul(w)
+    };
+    compose().map_err(torch("rms_norm.reference"))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use super::*;
+    use crate::testing::*;
+    use tch::Device;
+
+    const SHAPES: [(i64, i64); 4] = [(1, 1), (3, 7), (130, 96), (65, 515)];
+
+    #[test]
+    fn agrees_with_fp64_autograd() {
+        for (kind, bound) in DTYPES {
+            for residual in [Kind::Float, Kind::BFloat16] {
+                for (n, h) in SHAPES {
+                    // The narrower of the two dtypes sets what can be reached.
+                    let bound = if residual == Kind::BFloat16 {
+                        1e-2
+                    } else {
+                        bound
+                    };
+                    let x = normal("x", &[n, h], residual);
+                    let w = normal("w", &[h], kind);
+                    let dy = normal("dy", &[n, h], kind);
+                    let (mut y, mut rstd) = (poison(&[n, h], kind), poison(&[n], Kind::Float));
+                    forward(&x, &w, 1e-5, &mut y, &mut rstd).unwrap();
+
+                    let (x64, w64) = (leaf(&x), leaf(&w));
+                    let y64 = reference(&x64, &w64, 1e-5).unwrap();
+                    assert_close("y", &y, &y64, bound);
+                    let expected = gradients(&y64, &dy, &[&x64, &w64]);
+
+                    let mut workspace = Workspace::new(Device::Cpu);
+                    let dx0 = normal("dx", &[n, h], residual);
+                    let (mut dx, mut dw) = (dx0.copy(), zeros(&[h], Kind::Float));
+                    for times in 1..=2 {
+                        backward(&dy, &x, &w, &rstd, &mut dx, Some(&mut dw), &mut workspace)
+                            .unwrap();
+                        let start = dx0.to_kind(Kind::Double);
+                        assert_close("dx", &dx, &(start + &expected[0] * times), bound);
+                        assert_close("dw", &dw, &(&expected[1] * times), bound);
+                    }
+                    let mut alone = dx0.copy();
+                    backward(&dy, &x, &w, &rstd, &mut alone, None, &mut workspace).unwrap();
+                    backward(&dy, &x, &w, &rstd, &mut alone, None, &mut workspace).unwrap();
+                    assert_eq!(bits(&alone), bits(&dx), "dx must not depend on dw");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn bf16_rounds_before_the_weight_as_llama_does() {
+        let (x, w) = (
+            normal("x", &[64, 128], Kind::BFloat16),
+            normal("w", &[128], Kind::BFloat16),
+        );
+        let (mut y, mut rstd) = (
+            poison(&[64, 128], Kind::BFloat16),
+            poison(&[64], Kind::Float),
+        );
+        forward(&x, &w, 1e-5, &mut y, &mut rstd).unwrap();
+        let expected = reference(&x, &w, 1e-5).unwrap();
+        let different = y.ne_tensor(&expected).sum(Kind::Int64).int64_value(&[]);
+        // The sums of squares are added in another order, so a few roundings may fall otherwise.
+        assert!(different <= 8, "{different} of 8192 elements differ");
+    }
+
+    #[test]
+    fn same_bits_on_any_number_of_threads() {
+        assert_thread_independent(|| {
+            let (n, h) = (777, 130);
+            let (x, w) = (
+                normal("x", &[n, h], Kind::Float),
+                normal("w", &[h], Kind::BFloat16),
+            );
+            let (mut y, mut rstd) = (poison(&[n, h], w.kind()), poison(&[n], Kind::Float));
+            forward(&x, &w, 1e-5, &mut y, &mut rstd).unwrap();
+            let (mut dx, mut dw) = (zeros(&[n, h], Kind::Float), zeros(&[h], Kind::Float));
+            let mut workspace = Workspace::new(Device::Cpu);
+            backward(&y, &x, &w, &rstd, &mut dx, Some(&mut dw), &mut workspace).unwrap();
+            [bits(&y), bits(&dx), bits(&dw)].concat()
+        });
+    }
+
+    #[test]
+    fn wrong_arguments_are_named() {
+        let (x, w) = (
+            normal("x", &[4, 8], Kind::Float),
+            normal("w", &[8], Kind::Float),
+        );
+        let (mut y, mut rstd) = (zeros(&[4, 8], Kind::Float), zeros(&[4], Kind::Float));
+        let mut text = |x: &Tensor, w: &Tensor, y: &mut Tensor| {
+            forward(x, w, 1e-5, y, &mut rstd).unwrap_err().to_string()
+        };
+        let message = text(&x, &w.narrow(0, 0, 7), &mut y);
+        assert_eq!(
+            message,
+            "rms_norm.forward: `w` must have shape [8], found [7]"
+        );
+        assert!(text(&x, &w, &mut y.to_kind(Kind::Half)).contains("`y` must be Float, found Half"));
+        let strided = normal("x", &[8, 4], Kind::Float).tr();
+        assert!(text(&strided, &w, &mut y).contains("`x` with shape [4, 8] and strides [1, 4]"));
+        assert!(text(&x, &w, &mut x.shallow_clone()).contains("`x` and `y` share memory"));
+        assert!(text(&x.view([32]), &w, &mut y).contains("[-1, -1], found [32]"));
+        let message = text(&x.to_kind(Kind::Double), &w, &mut y);
+        assert!(message.contains("`x` is Double on Cpu"), "{message}");
+        assert!(text(&Tensor::new(), &w, &mut y).contains("`x`"));
+    }
+}

@@ -1,0 +1,13 @@
+//! Where the crate touches the operating system, OpenMP and raw memory.
+//!
+//! * [`parallel`]: a fixed-partition parallel loop on the very threads that libtorch computes with;
+//! * [`split`]: how one mutable buffer becomes disjoint parts for such a loop, so that kernels
+//!   themselves need no `unsafe`;
+//! * [`operands`]: tensors become slices here, after their device, dtype, shape, layout and overlap
+//!   have been checked;
+//! * [`symbol`]: functions that a build of libtorch may or may not export.
+
+pub mod operands;
+pub mod parallel;
+pub mod split;
+pub mod symbol;

@@ -1,0 +1,426 @@
+//! From tensors to slices: the one place where a kernel's arguments are checked.
+//!
+//! An op makes one [`Operands`] and passes every argument through it. What comes out is a plain
+//! Rust slice of the right type and length, and no output shares memory with another argument.
+//! (Memory shared with a tensor that another thread uses at the same time cannot be seen from
+//! here; a tensor is `Send` but not `Sync`, so that takes two handles on purpose.)
+
+use tch::{Device, Kind, Tensor};
+
+use super::split::Grid;
+use crate::{Error, Scalar};
+
+/// Most tensors that one op takes.
+const MOST: usize = 12;
+
+#[derive(Clone, Copy)]
+struct Span {
+    name: &'static str,
+    start: usize,
+    end: usize,
+    written: bool,
+}
+
+/// The arguments of one call, checked one by one.
+pub struct Operands {
+    op: &'static str,
+    spans: [Option<Span>; MOST],
+}
+
+impl Operands {
+    /// Starts the check of a call to `op`.
+    pub fn new(op: &'static str) -> Self {
+        Operands {
+            op,
+            spans: [None; MOST],
+        }
+    }
+
+    /// A contiguous tensor of exactly this shape, to be read.
+    ///
+    /// # Errors
+    /// Any of the argument errors of [`Error`].
+    pub fn read<'t, E: Scalar>(
+        &mut self,
+        name: &'static str,
+        tensor: &'t Tensor,
+        shape: &[usize],
+    ) -> Result<&'t [E], Error> {
+        let len = self.dense::<E>(name, tensor, shape)?;
+        self.claim::<E>(name, tensor, len, false)?;
+        if len == 0 {
+            return Ok(&[]);
+        }
+        // SAFETY: a defined, contiguous CPU tensor of this dtype owns `len` aligned elements for as
+        // long as it is borrowed; `claim` saw no written argument among them.
+        Ok(unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast(), len) })
+    }
+
+    /// A contiguous tensor of exactly this shape, to be written.
+    ///
+    /// # Errors
+    /// Any of the argument errors of [`Error`].
+    pub fn write<'t, E: Scalar>(
+        &mut self,
+        name: &'static str,
+        tensor: &'t mut Tensor,
+        shape: &[usize],
+    ) -> Result<&'t mut [E], Error> {
+        let len = self.dense::<E>(name, tensor, shape)?;
+        self.claim::<E>(name, tensor, len, true)?;
+        if len == 0 {
+            return Ok(&mut []);
+        }
+        // SAFETY: as in `read`; the borrow is unique and `claim` saw no other argument in it.
+        Ok(unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), len) })
+    }
+
+    /// A `[rows, heads, dim]` view whose rows may lie apart (a part of a wider buffer), to be
+    /// written as `rows` rows of `heads * dim` elements.
+    ///
+    /// # Errors
+    /// Any of the argument errors of [`Error`].
+    pub fn write_heads<'t, E: Scalar>(
+        &mut self,
+        name: &'static str,
+        tensor: &'t mut Tensor,
+        [rows, heads, dim]: [usize; 3],
+    ) -> Result<Grid<'t, E>, Error> {
+        check_kind(self.op, name, tensor, E::KIND)?;
+        check_shape(self.op, name, tensor, &[rows, heads, dim])?;
+        let (width, strides) = (heads * dim, tensor.stride());
+        let stride = usize::try_from(strides[0]).unwrap_or(0);
+        let dense_row = (dim <= 1 || strides[2] == 1) && (heads <= 1 || strides[1] == dim as i64);
+        if !dense_row || (rows > 1 && stride < width) {
+            return Err(self.layout(name, tensor, "dense within a row, rows apart or adjacent"));
+        }
+        if rows * width == 0 {
+            return Ok(Grid::new(&mut [], width));
+        }
+        self.claim::<E>(name, tensor, (rows - 1) * stride + width, true)?;
+        // SAFETY: the strides just checked put row r at r * stride with `width` dense elements; the
+        // borrow is unique and `claim` saw no other argument in it.
+        Ok(unsafe { Grid::from_raw(tensor.data_ptr().cast(), rows, width, stride) })
+    }
+
+    /// A `[rows, columns]` matrix for libtorch's own kernels, whose rows may lie apart but are
+    /// dense: checked, and its memory noted, without becoming a slice.
+    ///
+    /// # Errors
+    /// Any of the argument errors of [`Error`].
+    pub fn matrix(
+        &mut self,
+        name: &'static str,
+        tensor: &Tensor,
+        kind: Kind,
+        [rows, columns]: [usize; 2],
+        written: bool,
+    ) -> Result<(), Error> {
+        check_kind(self.op, name, tensor, kind)?;
+        check_shape(self.op, name, tensor, &[rows, columns])?;
+        if rows * columns == 0 {
+            return Ok(());
+        }
+        let strides = tensor.stride();
+        let stride = if rows == 1 {
+            columns
+        } else {
+            usize::try_from(strides[0]).unwrap_or(0)
+        };
+        if (columns > 1 && strides[1] != 1) || stride < columns {
+            return Err(self.layout(name, tensor, "dense within a row, rows apart or adjacent"));
+        }
+        let len = (rows - 1) * stride + columns;
+        match kind {
+            Kind::BFloat16 => self.claim::<half::bf16>(name, tensor, len, written),
+            _ => self.claim::<f32>(name, tensor, len, written),
+        }
+    }
+
+    fn dense<E: Scalar>(
+        &self,
+        name: &'static str,
+        tensor: &Tensor,
+        shape: &[usize],
+    ) -> Result<usize, Error> {
+        check_kind(self.op, name, tensor, E::KIND)?;
+        check_shape(self.op, name, tensor, shape)?;
+        if !tensor.is_contiguous() {
+            return Err(self.layout(name, tensor, "contiguous"));
+        }
+        Ok(shape.iter().product())
+    }
+
+    /// Notes the memory of an argument and refuses an overlap that involves a write.
+    fn claim<E>(
+        &mut self,
+        name: &'static str,
+        tensor: &Tensor,
+        len: usize,
+        written: bool,
+    ) -> Result<(), Error> {
+        if len == 0 {
+            return Ok(());
+        }
+        let start = tensor.data_ptr() as usize;
+        if !start.is_multiple_of(align_of::<E>()) {
+            return Err(self.layout(name, tensor, "aligned to its element size"));
+        }
+        let span = Span {
+            name,
+            start,
+            end: start + len * size_of::<E>(),
+            written,
+        };
+        for slot in &mut self.spans {
+            match slot {
+                Some(other) => {
+                    let overlap = span.start < other.end && other.start < span.end;
+                    if overlap && (written || other.written) {
+                        return Err(Error::Overlap {
+                            op: self.op,
+                            first: other.name,
+                            second: name,
+                        });
+                    }
+                }
+                None => {
+                    *slot = Some(span);
+                    return Ok(());
+                }
+            }
+        }
+        Err(Error::Argument {
+            op: self.op,
+            message: format!("more than {MOST} tensors"),
+        })
+    }
+
+    fn layout(&self, name: &'static str, tensor: &Tensor, expected: &'static str) -> Error {
+        Error::Layout {
+            op: self.op,
+            tensor: name,
+            expected,
+            shape: tensor.size(),
+            strides: tensor.stride(),
+        }
+    }
+}
+
+/// The elements of a contiguous CPU tensor, whatever its shape.
+///
+/// # Errors
+/// Any of the argument errors of [`Error`].
+pub fn as_slice<E: Scalar>(tensor: &Tensor) -> Result<&[E], Error> {
+    let shape = shape_of(tensor);
+    Operands::new("as_slice").read("tensor", tensor, &shape)
+}
+
+/// The elements of a contiguous CPU tensor, whatever its shape, to be written.
+///
+/// # Errors
+/// Any of the argument errors of [`Error`].
+pub fn as_mut_slice<E: Scalar>(tensor: &mut Tensor) -> Result<&mut [E], Error> {
+    let shape = shape_of(tensor);
+    Operands::new("as_mut_slice").write("tensor", tensor, &shape)
+}
+
+/// A tensor's own shape; empty for an undefined tensor, which later checks refuse.
+pub(crate) fn shape_of(tensor: &Tensor) -> Vec<usize> {
+    if !tensor.defined() {
+        return Vec::new();
+    }
+    tensor
+        .size()
+        .into_iter()
+        .map(|size| usize::try_from(size).unwrap_or(0))
+        .collect()
+}
+
+/// Refuses a tensor that is not on the CPU or has another dtype.
+///
+/// # Errors
+/// [`Error::Unsupported`] for another device, [`Error::Dtype`] for another dtype.
+pub fn check_kind(
+    op: &'static str,
+    name: &'static str,
+    tensor: &Tensor,
+    expected: Kind,
+) -> Result<(), Error> {
+    let found = check_device(op, name, tensor)?;
+    if found == expected {
+        Ok(())
+    } else {
+        Err(Error::Dtype {
+            op,
+            tensor: name,
+            expected,
+            found,
+        })
+    }
+}
+
+/// Refuses a tensor that is not on the CPU; returns its dtype.
+///
+/// # Errors
+/// [`Error::Unsupported`] for another device, [`Error::Argument`] for an undefined tensor.
+pub fn check_device(op: &'static str, name: &'static str, tensor: &Tensor) -> Result<Kind, Error> {
+    if !tensor.defined() {
+        return Err(Error::Argument {
+            op,
+            message: format!("`{name}` is an undefined tensor"),
+        });
+    }
+    let dtype = tensor.f_kind().map_err(crate::error::torch(op))?;
+    if tensor.is_sparse() || tensor.is_mkldnn() {
+        let message = format!("`{name}` is sparse or in a library's own layout; make it dense");
+        return Err(Error::Argument { op, message });
+    }
+    on_cpu(op, name, tensor.device(), dtype)
+}
+
+fn on_cpu(
+    op: &'static str,
+    tensor: &'static str,
+    device: Device,
+    dtype: Kind,
+) -> Result<Kind, Error> {
+    match device {
+        Device::Cpu => Ok(dtype),
+        _ => Err(Error::Unsupported {
+            op,
+            tensor,
+            device,
+            dtype,
+        }),
+    }
+}
+
+/// Refuses a tensor of another shape.
+///
+/// # Errors
+/// [`Error::Shape`].
+pub fn check_shape(
+    op: &'static str,
+    name: &'static str,
+    tensor: &Tensor,
+    expected: &[usize],
+) -> Result<(), Error> {
+    let found = tensor.size();
+    let same = found.len() == expected.len()
+        && found
+            .iter()
+            .zip(expected)
+            .all(|(&f, &e)| usize::try_from(f) == Ok(e));
+    if same {
+        return Ok(());
+    }
+    let expected = expected.iter().map(|&e| e as i64).collect();
+    Err(Error::Shape {
+        op,
+        tensor: name,
+        expected,
+        found,
+    })
+}
+
+/// The sizes of a tensor that must have `N` dimensions.
+///
+/// # Errors
+/// [`Error::Shape`] for another number of dimensions.
+pub fn sizes<const N: usize>(
+    op: &'static str,
+    name: &'static str,
+    tensor: &Tensor,
+) -> Result<[usize; N], Error> {
+    let wrong = |found| Error::Shape {
+        op,
+        tensor: name,
+        expected: vec![-1; N],
+        found,
+    };
+    if !tensor.defined() {
+        return Err(wrong(vec![]));
+    }
+    let found = tensor.size();
+    let mut sizes = [0; N];
+    if found.len() != N {
+        return Err(wrong(found));
+    }
+    for (size, value) in sizes.iter_mut().zip(found) {
+        *size = usize::try_from(value).unwrap_or(0);
+    }
+    Ok(sizes)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use super::*;
+    use crate::testing::*;
+
+    #[test]
+    fn a_tensor_on_a_gpu_is_unsupported_for_now() {
+        let error = on_cpu("swiglu.forward", "y", Device::Cuda(1), Kind::BFloat16).unwrap_err();
+        let expected = "swiglu.forward: `y` is BFloat16 on Cuda(1), which this build has no \
+                        kernel for; use float32 or bfloat16 tensors on the CPU";
+        assert_eq!(error.to_string(), expected);
+    }
+
+    #[test]
+    fn sparse_undefined_and_misaligned_tensors_are_refused() {
+        let dense = zeros(&[4, 4], Kind::Float);
+        let sparse = dense.to_sparse(None, None::<&[i64]>, 0);
+        assert!(
+            as_slice::<f32>(&sparse)
+                .unwrap_err()
+                .to_string()
+                .contains("is sparse")
+        );
+        assert!(
+            as_slice::<f32>(&Tensor::new())
+                .unwrap_err()
+                .to_string()
+                .contains("undefined")
+        );
+        let bytes = [0u8; 64];
+        // SAFETY: the tensor does not outlive `bytes`, which has 4 * 4 bytes after the offset.
+        let odd = unsafe {
+            Tensor::from_blob(bytes.as_ptr().add(1), &[4], &[1], Kind::Float, Device::Cpu)
+        };
+        let aligned = (bytes.as_ptr() as usize + 1).is_multiple_of(4);
+        assert_eq!(as_slice::<f32>(&odd).is_ok(), aligned);
+    }
+
+    #[test]
+    fn slices_are_the_memory_of_the_tensor() {
+        let mut x = zeros(&[2, 3], Kind::Float);
+        as_mut_slice::<f32>(&mut x).unwrap()[5] = 7.0;
+        assert_eq!(x.double_value(&[1, 2]), 7.0);
+        assert!(as_slice::<f64>(&x).is_err());
+        assert!(as_slice::<f32>(&x.tr()).is_err());
+        let empty = zeros(&[0, 3], Kind::BFloat16);
+        assert!(as_slice::<half::bf16>(&empty).unwrap().is_empty());
+    }
+
+    #[test]
+    fn reads_may_overlap_and_writes_may_not() {
+        let x = zeros(&[8], Kind::Float);
+        let mut operands = Operands::new("test");
+        operands.read::<f32>("a", &x, &[8]).unwrap();
+        let mut part = x.narrow(0, 2, 3);
+        operands.read::<f32>("b", &part, &[3]).unwrap();
+        let error = operands.write::<f32>("c", &mut part, &[3]).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                Error::Overlap {
+                    first: "a",
+                    second: "c",
+                    ..
+                }
+            ),
+            "{error}"
+        );
+    }
+}

@@ -1,0 +1,86 @@
+//! What the tests of all ops share: reproducible inputs, fp64 gradients, error measures.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use tch::{Device, Kind, Tensor};
+
+use crate::sys::operands::as_slice;
+use crate::{Threads, philox};
+
+/// The two compute dtypes with the relative error that each is held to.
+pub const DTYPES: [(Kind, f64); 2] = [(Kind::Float, 1e-5), (Kind::BFloat16, 1e-2)];
+
+/// Standard normal numbers that depend on the name and shape alone.
+pub fn normal(name: &str, shape: &[i64], kind: Kind) -> Tensor {
+    let mut values = vec![0.0; shape.iter().product::<i64>() as usize];
+    philox::fill_normal(&mut values, 7, name, 0, 1.0);
+    Tensor::from_slice(&values).view(shape).to_kind(kind)
+}
+
+pub fn zeros(shape: &[i64], kind: Kind) -> Tensor {
+    Tensor::zeros(shape, (kind, Device::Cpu))
+}
+
+/// A tensor whose old contents would be noticed if an op failed to overwrite them.
+pub fn poison(shape: &[i64], kind: Kind) -> Tensor {
+    Tensor::full(shape, f64::NAN, (kind, Device::Cpu))
+}
+
+/// An fp64 copy that autograd differentiates.
+pub fn leaf(x: &Tensor) -> Tensor {
+    x.to_kind(Kind::Double).set_requires_grad(true)
+}
+
+/// Gradients of `Σ output · seed` for the leaves, in fp64.
+pub fn gradients(output: &Tensor, seed: &Tensor, leaves: &[&Tensor]) -> Vec<Tensor> {
+    let scalar = (output * seed.to_kind(Kind::Double)).sum(Kind::Double);
+    Tensor::run_backward(&[scalar], leaves, false, false)
+}
+
+/// `‖actual − expected‖ / ‖expected‖` in fp64; NaN anywhere is an infinite error.
+pub fn relative(actual: &Tensor, expected: &Tensor) -> f64 {
+    assert_eq!(actual.size(), expected.size());
+    let expected = expected.detach().to_kind(Kind::Double);
+    let difference = actual.detach().to_kind(Kind::Double) - &expected;
+    let error = (difference.norm() / expected.norm()).double_value(&[]);
+    if error.is_nan() { f64::INFINITY } else { error }
+}
+
+#[track_caller]
+pub fn assert_close(what: &str, actual: &Tensor, expected: &Tensor, bound: f64) {
+    let error = relative(actual, expected);
+    assert!(
+        error <= bound,
+        "{what}: relative error {error:.2e} above {bound:.0e}"
+    );
+}
+
+/// The exact bits of a contiguous fp32 or bf16 tensor.
+pub fn bits(x: &Tensor) -> Vec<u32> {
+    let wide = x.to_kind(Kind::Float).contiguous();
+    as_slice::<f32>(&wide)
+        .unwrap()
+        .iter()
+        .map(|value| value.to_bits())
+        .collect()
+}
+
+/// Runs on a new thread whose compute uses `count` threads.
+pub fn on_threads<R: Send + 'static>(count: usize, f: impl FnOnce() -> R + Send + 'static) -> R {
+    std::thread::spawn(move || {
+        Threads::set(count).unwrap();
+        f()
+    })
+    .join()
+    .unwrap()
+}
+
+/// Asserts that `f` gives the same bits twice and on 1, 2, 3 and 5 threads.
+pub fn assert_thread_independent(f: impl Fn() -> Vec<u32> + Copy + Send + 'static) {
+    let expected = on_threads(1, f);
+    for count in [1, 2, 3, 5] {
+        assert!(
+            on_threads(count, f) == expected,
+            "other bits on {count} threads"
+        );
+    }
+}
