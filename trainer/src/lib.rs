@@ -5,3 +5,10 @@ pub mod comm;
 pub mod config;
 pub mod convert;
 pub mod metrics;
+pub mod model;
+pub mod plan;
+pub mod run;
+#[cfg(test)]
+#[allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod testing;
+pub mod zero;

@@ -1,12 +1,12 @@
 //! What a manifest says: the types that `manifest.json` is made of.
 
 use std::collections::BTreeMap;
-use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
 use super::Region;
 use super::dtype::Dtype;
+pub(super) use crate::zero::StateKind;
 
 /// The name of the manifest in a checkpoint folder.
 pub(super) const MANIFEST: &str = "manifest.json";
@@ -29,35 +29,6 @@ impl FormatLimits {
     pub const MAX_MANIFEST_BYTES: u64 = 256 << 20;
 }
 
-/// Which of a parameter's tensors is meant.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum StateKind {
-    /// The fp32 master weight.
-    Master,
-    /// Adam's first moment.
-    ExpAvg,
-    /// Adam's second moment.
-    ExpAvgSq,
-}
-
-impl StateKind {
-    /// The name in a manifest: `master`, `exp_avg`, `exp_avg_sq`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Master => "master",
-            Self::ExpAvg => "exp_avg",
-            Self::ExpAvgSq => "exp_avg_sq",
-        }
-    }
-}
-
-impl fmt::Display for StateKind {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str(self.name())
-    }
-}
-
 /// Everything a run needs beside its tensors to go on where the checkpoint was taken.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -72,6 +43,8 @@ pub struct ManifestMeta {
     pub step: u64,
     /// Positions trained on so far.
     pub tokens: u64,
+    /// Samples trained on so far.
+    pub samples: u64,
     /// The context stage of the last step taken; `None` before the first.
     pub stage: Option<StageMark>,
     /// Index of the context stage that the next step belongs to; `None` when training is done.

@@ -71,10 +71,11 @@ pub use catalogue::{
 };
 pub use dtype::Dtype;
 pub use error::Error;
+pub use crate::zero::StateKind;
 pub use geometry::Region;
 pub use manifest::{
     FileEntry, FileKind, FormatLimits, Manifest, ManifestMeta, Piece, ScheduleState, SkippedRange,
-    SpecialTokens, StageMark, StateEntry, StateKind, TensorEntry,
+    SpecialTokens, StageMark, StateEntry, TensorEntry,
 };
 pub use open::Checkpoint;
 pub use save::{Attachment, Committed, commit, missing_parts, save_part};

@@ -1,0 +1,136 @@
+//! The buffers through which activations and their gradients flow.
+//!
+//! All of them are allocated once for a micro-batch shape and reused by every micro-batch and step.
+//! A block keeps what its backward pass reads in storage of its own; everything else, and every
+//! gradient, is shared between the blocks, since only one block runs at a time. With recomputation
+//! a block keeps its input alone.
+
+use oxitron_kernels::{Error, Workspace};
+use tch::{Device, Kind, Tensor};
+
+use super::{
+    ModelError, TorchContext,
+    program::{Program, Slot, SlotKind, SlotSpec},
+};
+
+/// The slots of one block, or their gradients.
+#[derive(Debug)]
+pub(super) struct Slots(Vec<Tensor>);
+
+impl Slots {
+    /// Distinct slots, all of them writable.
+    ///
+    /// # Errors
+    /// When an operation names a slot twice or one that its program does not have: a mistake in a
+    /// family's description.
+    pub(super) fn get<const N: usize>(
+        &mut self,
+        slots: [Slot; N],
+    ) -> Result<[&mut Tensor; N], Error> {
+        self.0.get_disjoint_mut(slots).map_err(|problem| Error::Argument {
+            op: "block",
+            message: format!("slots {slots:?} of an operation: {problem}"),
+        })
+    }
+}
+
+/// Dtypes of the buffers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Precision {
+    /// Weights and activations.
+    pub compute: Kind,
+    /// The residual stream and its gradient.
+    pub residual: Kind,
+}
+
+/// What a model needs to run micro-batches of one shape.
+#[derive(Debug)]
+pub struct Activations {
+    pub(super) blocks: Vec<Slots>,
+    pub(super) gradients: Slots,
+    /// The residual stream between the layers, `[tokens, hidden]` each: what the embedding writes
+    /// first, what the head reads last.
+    pub(super) stream: Vec<Tensor>,
+    /// Gradient of the residual stream, `[tokens, hidden]`.
+    pub(super) residual_gradient: Tensor,
+    /// Final norm, `[tokens, hidden]`, and its gradient.
+    pub(super) normed: Tensor,
+    pub(super) normed_gradient: Tensor,
+    pub(super) rstd: Tensor,
+    pub(super) workspace: Workspace,
+    pub(super) tokens: usize,
+}
+
+impl Activations {
+    /// Allocates the buffers for `tokens` tokens per micro-batch.
+    ///
+    /// # Errors
+    /// When libtorch cannot allocate them.
+    pub(super) fn new(
+        program: &Program,
+        blocks: usize,
+        hidden: usize,
+        tokens: usize,
+        precision: Precision,
+        recompute: bool,
+        device: Device,
+    ) -> Result<Self, ModelError> {
+        let allocate = |width: usize, kind: Kind| {
+            Tensor::f_zeros([tokens as i64, width as i64], (kind, device))
+                .during("allocating activations")
+        };
+        let statistic = |width: usize| {
+            Tensor::f_zeros([(tokens * width) as i64], (Kind::Float, device))
+                .during("allocating activations")
+        };
+        let for_slot = |slot: &SlotSpec| match slot.kind {
+            SlotKind::Residual => allocate(slot.width, precision.residual),
+            SlotKind::Compute => allocate(slot.width, precision.compute),
+            SlotKind::Statistic => statistic(slot.width),
+        };
+        let residual_gradient = allocate(hidden, precision.residual)?;
+
+        // Storage shared by all blocks, and the one gradient per slot.
+        let mut shared = Vec::new();
+        let mut gradients = Vec::new();
+        for slot in &program.slots {
+            shared.push(for_slot(slot)?);
+            gradients.push(match slot.kind {
+                SlotKind::Residual => residual_gradient.shallow_clone(),
+                SlotKind::Compute => allocate(slot.width, precision.compute)?,
+                SlotKind::Statistic => statistic(0)?,
+            });
+        }
+
+        let stream: Vec<Tensor> = (0..=blocks)
+            .map(|_| allocate(hidden, precision.residual))
+            .collect::<Result<_, _>>()?;
+        let mut block_slots = Vec::with_capacity(blocks);
+        for block in 0..blocks {
+            let mut tensors = Vec::with_capacity(program.slots.len());
+            for (index, slot) in program.slots.iter().enumerate() {
+                tensors.push(if index == program.input {
+                    stream[block].shallow_clone()
+                } else if index == program.output {
+                    stream[block + 1].shallow_clone()
+                } else if slot.kept && !recompute {
+                    for_slot(slot)?
+                } else {
+                    shared[index].shallow_clone()
+                });
+            }
+            block_slots.push(Slots(tensors));
+        }
+        Ok(Self {
+            blocks: block_slots,
+            gradients: Slots(gradients),
+            stream,
+            residual_gradient,
+            normed: allocate(hidden, precision.compute)?,
+            normed_gradient: allocate(hidden, precision.compute)?,
+            rstd: statistic(1)?,
+            workspace: Workspace::new(device),
+            tokens,
+        })
+    }
+}

@@ -1,0 +1,73 @@
+//! A micro-batch of packed samples as tensors.
+
+use oxitron_kernels::DocumentStarts;
+use tch::{Device, Tensor};
+
+use super::{ModelError, TorchContext};
+
+/// Packed samples of equal length.
+///
+/// Positions restart at zero with every document: attention never leaves a document, and under that
+/// mask RoPE depends on differences of positions only.
+#[derive(Debug)]
+pub struct Batch {
+    /// `[samples · seq_len]` i64.
+    pub tokens: Tensor,
+    /// `[samples · seq_len]` i64; -100 where nothing is predicted.
+    pub targets: Tensor,
+    /// `[samples · seq_len]` i64.
+    pub positions: Tensor,
+    /// Where documents begin, per sample.
+    pub documents: DocumentStarts,
+    /// Tokens with a target.
+    pub target_count: u64,
+    /// Samples.
+    pub samples: usize,
+    /// Tokens per sample.
+    pub seq_len: usize,
+}
+
+impl Batch {
+    /// Builds a batch from rows of equal length.
+    ///
+    /// `tokens` and `targets` hold the rows one after the other; `starts[row]` lists the offsets at
+    /// which the documents of a row begin, ascending, the first being 0.
+    ///
+    /// # Errors
+    /// When the lengths do not agree or the starts are not ascending from 0.
+    pub fn new(
+        tokens: &[i64],
+        targets: &[i64],
+        starts: &[Vec<u32>],
+        seq_len: usize,
+        device: Device,
+    ) -> Result<Self, ModelError> {
+        let samples = starts.len();
+        for length in [tokens.len(), targets.len()] {
+            if length != samples * seq_len {
+                return Err(ModelError::BatchShape { expected: samples * seq_len, found: length });
+            }
+        }
+        let documents = DocumentStarts::new(seq_len, starts)
+            .map_err(|source| ModelError::Kernel { layer: "batch".into(), source })?;
+        let tensor = |values: &[i64]| {
+            Tensor::f_from_slice(values)
+                .and_then(|tensor| tensor.f_to_device(device))
+                .during("copying a batch to the device")
+        };
+        Ok(Self {
+            target_count: targets.iter().filter(|&&target| target >= 0).count() as u64,
+            tokens: tensor(tokens)?,
+            targets: tensor(targets)?,
+            positions: tensor(&documents.positions())?,
+            documents,
+            samples,
+            seq_len,
+        })
+    }
+
+    /// Tokens of the batch.
+    pub fn token_count(&self) -> usize {
+        self.samples * self.seq_len
+    }
+}

@@ -1,0 +1,318 @@
+//! The decoder: embedding, blocks, final norm, head and loss, layer by layer.
+
+use oxitron_kernels::{RopeTable, cast, embedding, linear_cross_entropy, rms_norm};
+use tch::{Device, Kind, Tensor};
+
+use super::{
+    Activations, Batch, ModelError,
+    activations::Precision,
+    llama,
+    op::{BlockRun, Heads},
+    program::Program,
+};
+use crate::config::{Dtype, ModelConfig};
+
+/// Views of the weights of a layer's units: `[unit][matrix]`.
+pub type LayerWeights = Vec<Vec<Tensor>>;
+
+/// Views of the fp32 gradients of a layer's units: `[unit][matrix]`, `None` where frozen.
+pub type LayerGradients = Vec<Vec<Option<Tensor>>>;
+
+/// Sum of the token losses of a micro-batch, and how many tokens had a target.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Loss {
+    /// Σ −log p(target), in nats.
+    pub sum: f64,
+    /// Tokens with a target.
+    pub targets: u64,
+}
+
+impl Loss {
+    /// Mean loss per target token; 0 when there is none.
+    pub fn mean(&self) -> f64 {
+        if self.targets == 0 { 0.0 } else { self.sum / self.targets as f64 }
+    }
+}
+
+impl std::ops::AddAssign for Loss {
+    fn add_assign(&mut self, other: Self) {
+        self.sum += other.sum;
+        self.targets += other.targets;
+    }
+}
+
+/// What the head computes.
+pub enum Objective<'a> {
+    /// The loss alone.
+    Loss,
+    /// The loss, the gradient of the head's input, and the gradient of the head's weight, added to
+    /// `head` (the matrix of the layer's second unit). Both are gradients of the *sum* of the
+    /// token losses: the number of targets in the global batch is known only after the step's
+    /// control reduction, and the optimizer divides by it.
+    LossAndGradient {
+        /// Views of the layer's gradients.
+        gradients: &'a mut LayerGradients,
+    },
+}
+
+/// Runs the layers of a model on micro-batches.
+#[derive(Debug)]
+pub struct Decoder {
+    program: Program,
+    names: Vec<String>,
+    heads: Heads,
+    hidden: usize,
+    norm_eps: f64,
+    precision: Precision,
+    vocab_size: usize,
+}
+
+/// Matrix of the norm unit and of the head unit in the last layer.
+const NORM: (usize, usize) = (0, 0);
+const HEAD: (usize, usize) = (1, 0);
+
+impl Decoder {
+    /// A decoder for `model` computing in `compute`.
+    pub fn new(model: &ModelConfig, compute: Dtype) -> Self {
+        let blocks = model.num_layers;
+        let names = std::iter::once("embedding".to_owned())
+            .chain((0..blocks).map(|block| format!("block.{block}")))
+            .chain(["head".to_owned()])
+            .collect();
+        Self {
+            program: llama::block_program(model),
+            names,
+            heads: Heads {
+                query: model.num_heads as i64,
+                key: model.num_kv_heads as i64,
+                width: model.head_dim as i64,
+            },
+            hidden: model.hidden_size,
+            norm_eps: model.rms_norm_eps,
+            precision: Precision {
+                compute: kind(compute),
+                residual: kind(model.residual_dtype),
+            },
+            vocab_size: model.vocab_size,
+        }
+    }
+
+    /// Number of layers: embedding, blocks, head.
+    pub fn layers(&self) -> usize {
+        self.names.len()
+    }
+
+    /// Dtype of weights and activations.
+    pub fn compute_kind(&self) -> Kind {
+        self.precision.compute
+    }
+
+    /// Buffers for micro-batches of `tokens` tokens.
+    ///
+    /// # Errors
+    /// When libtorch cannot allocate them.
+    pub fn activations(
+        &self,
+        tokens: usize,
+        recompute: bool,
+        device: Device,
+    ) -> Result<Activations, ModelError> {
+        let blocks = self.layers() - 2;
+        let (program, precision) = (&self.program, self.precision);
+        Activations::new(program, blocks, self.hidden, tokens, precision, recompute, device)
+    }
+
+    /// Runs the embedding (layer 0) or a block. The last layer is [`Decoder::head`].
+    ///
+    /// # Errors
+    /// When a kernel refuses its arguments or fails.
+    pub fn forward(
+        &self,
+        layer: usize,
+        weights: &LayerWeights,
+        batch: &Batch,
+        rope: &RopeTable,
+        activations: &mut Activations,
+    ) -> Result<(), ModelError> {
+        self.check_batch(batch, activations)?;
+        if layer == 0 {
+            return embedding::forward(&batch.tokens, &weights[0][0], &mut activations.stream[0])
+                .map_err(|source| self.failed(layer, source));
+        }
+        let Activations { blocks, workspace, .. } = activations;
+        let slots = &mut blocks[layer - 1];
+        let mut run = self.block_run(layer, &weights[0], batch, rope, slots, workspace);
+        self.program.ops.iter().try_for_each(|op| run.forward(op))
+    }
+
+    /// Runs the final norm, the head and the loss.
+    ///
+    /// # Errors
+    /// When a kernel refuses its arguments or fails.
+    pub fn head(
+        &self,
+        weights: &LayerWeights,
+        batch: &Batch,
+        activations: &mut Activations,
+        objective: Objective<'_>,
+    ) -> Result<Loss, ModelError> {
+        self.check_batch(batch, activations)?;
+        self.run_head(weights, batch, activations, objective)
+            .map_err(|source| self.failed(self.layers() - 1, source))
+    }
+
+    fn run_head(
+        &self,
+        weights: &LayerWeights,
+        batch: &Batch,
+        activations: &mut Activations,
+        objective: Objective<'_>,
+    ) -> Result<Loss, oxitron_kernels::Error> {
+        let Activations { stream, normed, rstd, normed_gradient, workspace, .. } = activations;
+        let last = &stream[self.layers() - 2];
+        rms_norm::forward(last, &weights[NORM.0][NORM.1], self.norm_eps, normed, rstd)?;
+        let head = &weights[HEAD.0][HEAD.1];
+        let mut sum = Tensor::f_zeros([1], (Kind::Double, head.device())).map_err(torch)?;
+        let losses = linear_cross_entropy::Losses { sum: &mut sum, per_token: None };
+        let inputs = linear_cross_entropy::Inputs {
+            x: normed,
+            w: head,
+            targets: &batch.targets,
+            weights: None,
+            vocab_size: self.vocab_size,
+            chunk: linear_cross_entropy::DEFAULT_CHUNK,
+        };
+        match objective {
+            Objective::Loss => linear_cross_entropy::forward(&inputs, losses, workspace)?,
+            Objective::LossAndGradient { gradients } => {
+                let gradients = linear_cross_entropy::Gradients {
+                    dx: Some(normed_gradient),
+                    dw: gradients[HEAD.0][HEAD.1].as_mut(),
+                };
+                linear_cross_entropy::forward_backward(&inputs, losses, gradients, workspace)?;
+            }
+        }
+        let sum = sum.f_double_value(&[0]).map_err(torch)?;
+        Ok(Loss { sum, targets: batch.target_count })
+    }
+
+    /// Runs a layer backwards. For the last layer, [`Decoder::head`] with
+    /// [`Objective::LossAndGradient`] must have run on the same micro-batch.
+    ///
+    /// # Errors
+    /// When a kernel refuses its arguments or fails.
+    pub fn backward(
+        &self,
+        layer: usize,
+        weights: &LayerWeights,
+        gradients: &mut LayerGradients,
+        batch: &Batch,
+        rope: &RopeTable,
+        activations: &mut Activations,
+    ) -> Result<(), ModelError> {
+        if layer == self.layers() - 1 {
+            return self
+                .head_backward(weights, gradients, activations)
+                .map_err(|source| self.failed(layer, source));
+        }
+        if layer == 0 {
+            let Some(d_weight) = gradients[0][0].as_mut() else { return Ok(()) };
+            return embedding::backward(&batch.tokens, &activations.residual_gradient, d_weight)
+                .map_err(|source| self.failed(layer, source));
+        }
+        let Activations { blocks, gradients: slot_gradients, workspace, .. } = activations;
+        let slots = &mut blocks[layer - 1];
+        let mut run = self.block_run(layer, &weights[0], batch, rope, slots, workspace);
+        for op in self.program.ops.iter().rev() {
+            run.backward(op, slot_gradients, &mut gradients[0])?;
+        }
+        Ok(())
+    }
+
+    fn head_backward(
+        &self,
+        weights: &LayerWeights,
+        gradients: &mut LayerGradients,
+        activations: &mut Activations,
+    ) -> Result<(), oxitron_kernels::Error> {
+        let Activations { stream, rstd, normed_gradient, residual_gradient, workspace, .. } =
+            activations;
+        let last = &stream[self.layers() - 2];
+        // The norm adds to the gradient of the stream; this is where that gradient begins.
+        let _ = residual_gradient.f_zero_().map_err(torch)?;
+        let d_norm = gradients[NORM.0][NORM.1].as_mut();
+        let norm = &weights[NORM.0][NORM.1];
+        rms_norm::backward(normed_gradient, last, norm, rstd, residual_gradient, d_norm, workspace)
+    }
+
+    /// Logits, `[rows, vocab]` fp32, of the given tokens of the micro-batch that has just run
+    /// through all blocks.
+    ///
+    /// # Errors
+    /// When a kernel refuses its arguments or fails, or a row is out of range.
+    pub fn logits(
+        &self,
+        weights: &LayerWeights,
+        rows: std::ops::Range<usize>,
+        activations: &mut Activations,
+    ) -> Result<Tensor, ModelError> {
+        let compute = |activations: &mut Activations| -> Result<Tensor, oxitron_kernels::Error> {
+            let Activations { stream, normed, rstd, .. } = activations;
+            let last = &stream[self.layers() - 2];
+            rms_norm::forward(last, &weights[NORM.0][NORM.1], self.norm_eps, normed, rstd)?;
+            let x = normed.f_narrow(0, rows.start as i64, rows.len() as i64).map_err(torch)?;
+            let shape = [rows.len() as i64, self.vocab_size as i64];
+            let mut logits = Tensor::f_zeros(shape, (self.precision.compute, x.device())).map_err(torch)?;
+            linear_cross_entropy::logits(&x, &weights[HEAD.0][HEAD.1], &mut logits)?;
+            let mut result = Tensor::f_zeros(shape, (Kind::Float, x.device())).map_err(torch)?;
+            cast::forward(&logits, &mut result)?;
+            Ok(result)
+        };
+        compute(activations).map_err(|source| self.failed(self.layers() - 1, source))
+    }
+
+    fn block_run<'a>(
+        &'a self,
+        layer: usize,
+        weights: &'a [Tensor],
+        batch: &'a Batch,
+        rope: &'a RopeTable,
+        slots: &'a mut super::activations::Slots,
+        workspace: &'a mut oxitron_kernels::Workspace,
+    ) -> BlockRun<'a> {
+        BlockRun {
+            layer: &self.names[layer],
+            batch,
+            rope,
+            heads: self.heads,
+            norm_eps: self.norm_eps,
+            weights,
+            slots,
+            workspace,
+        }
+    }
+
+    fn check_batch(&self, batch: &Batch, activations: &Activations) -> Result<(), ModelError> {
+        let found = batch.token_count();
+        if found != activations.tokens {
+            return Err(ModelError::BatchShape { expected: activations.tokens, found });
+        }
+        Ok(())
+    }
+
+    fn failed(&self, layer: usize, source: oxitron_kernels::Error) -> ModelError {
+        ModelError::Kernel { layer: self.names[layer].clone(), source }
+    }
+}
+
+fn torch(source: tch::TchError) -> oxitron_kernels::Error {
+    oxitron_kernels::Error::Torch { op: "decoder", source }
+}
+
+/// libtorch's name of a dtype.
+pub(crate) fn kind(dtype: Dtype) -> Kind {
+    match dtype {
+        Dtype::Bf16 => Kind::BFloat16,
+        Dtype::Fp32 => Kind::Float,
+    }
+}

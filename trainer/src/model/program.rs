@@ -1,0 +1,110 @@
+//! A block as data: the operations of a decoder layer over named slots.
+
+/// Index of a slot in its program.
+pub type Slot = usize;
+
+/// What a slot holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SlotKind {
+    /// The residual stream, `[tokens, width]` in the residual dtype. All residual slots share one
+    /// gradient, which flows through the block in place.
+    Residual,
+    /// An activation, `[tokens, width]` in the compute dtype.
+    Compute,
+    /// A statistic kept for the backward pass, `[tokens · width]` in fp32; it has no gradient.
+    Statistic,
+}
+
+/// One value that the operations of a block read or write.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlotSpec {
+    /// For messages.
+    pub name: &'static str,
+    /// What it holds.
+    pub kind: SlotKind,
+    /// Elements per token.
+    pub width: usize,
+    /// Whether the backward pass reads it: such a slot has storage of its own in every block, the
+    /// others share theirs.
+    pub kept: bool,
+}
+
+/// An operation over slots. `weight` is the index of a matrix in the block's unit.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Op {
+    /// `y = x / rms(x) · weight`.
+    RmsNorm {
+        /// Residual stream in.
+        x: Slot,
+        /// `[width]`.
+        weight: usize,
+        /// Normalised activation out.
+        y: Slot,
+        /// 1 / rms per token, out.
+        rstd: Slot,
+    },
+    /// `y = x · weightᵀ`.
+    Linear {
+        /// Activation in.
+        x: Slot,
+        /// `[out, in]`.
+        weight: usize,
+        /// Activation out.
+        y: Slot,
+    },
+    /// Rotates the query and key heads of the fused projection in place.
+    Rope {
+        /// `[tokens, (query heads + 2 · key heads) · head_dim]`.
+        qkv: Slot,
+    },
+    /// Causal attention inside each document.
+    Attention {
+        /// Rotated queries and keys, and values.
+        qkv: Slot,
+        /// `[tokens, query heads · head_dim]`.
+        y: Slot,
+        /// Log-sum-exp of the scores per query head, out.
+        log_sum_exp: Slot,
+    },
+    /// `y = silu(gate) · up`, where the input holds gate, then up.
+    SwiGlu {
+        /// `[tokens, 2 · width]`.
+        gate_up: Slot,
+        /// Activation out.
+        y: Slot,
+    },
+    /// `sum = residual + delta`.
+    Add {
+        /// Residual stream in.
+        residual: Slot,
+        /// What the sub-block adds to it.
+        delta: Slot,
+        /// Residual stream out.
+        sum: Slot,
+    },
+}
+
+/// The operations of a block in the order of the forward pass.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Program {
+    /// All slots.
+    pub slots: Vec<SlotSpec>,
+    /// Walked forwards, and in reverse for the gradient.
+    pub ops: Vec<Op>,
+    /// The residual stream that enters the block.
+    pub input: Slot,
+    /// The residual stream that leaves it.
+    pub output: Slot,
+}
+
+impl Program {
+    /// Elements per token that a block keeps for its backward pass, by kind
+    /// (residual, compute, statistic).
+    pub fn kept_widths(&self) -> [usize; 3] {
+        let width = |kind| {
+            let of_kind = self.slots.iter().filter(|slot| slot.kept && slot.kind == kind);
+            of_kind.map(|slot| slot.width).sum()
+        };
+        [width(SlotKind::Residual), width(SlotKind::Compute), width(SlotKind::Statistic)]
+    }
+}

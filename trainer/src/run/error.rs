@@ -1,0 +1,96 @@
+//! What ends a run before its time.
+
+use std::path::PathBuf;
+
+/// Why a run could not start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The configuration cannot run as it is. Found before any data is opened.
+    #[error("{0}")]
+    Plan(String),
+    /// The configuration differs from the one the run was started with.
+    #[error(
+        "{}: the configuration differs from the one this run was started with in what changes the \
+         result:\n{differences}\nTrain under another run.name or run.dir, or pass \
+         --allow-config-change to go on all the same.",
+        run_dir.display()
+    )]
+    ConfigChanged {
+        /// The run directory.
+        run_dir: PathBuf,
+        /// One line per key: old and new value.
+        differences: String,
+    },
+    /// The configuration.
+    #[error(transparent)]
+    Config(#[from] crate::config::ConfigError),
+    /// Another process trains in the run directory.
+    #[error(
+        "{} is in use by another process; wait for it to end, or choose another run.dir",
+        run_dir.display()
+    )]
+    Locked {
+        /// The run directory.
+        run_dir: PathBuf,
+    },
+    /// A file or folder of the run.
+    #[error("{}: cannot {action}: {source}", path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What was being done.
+        action: &'static str,
+        /// What the system answered.
+        source: std::io::Error,
+    },
+    /// Another rank failed; its log says why.
+    #[error("rank {rank} failed, see its log; this rank stops with it")]
+    OtherRank {
+        /// The first rank that failed.
+        rank: usize,
+    },
+    /// The model.
+    #[error(transparent)]
+    Model(#[from] crate::model::ModelError),
+    /// Weights, gradients, optimizer state.
+    #[error(transparent)]
+    Zero(#[from] crate::zero::ZeroError),
+    /// Communication between ranks.
+    #[error(transparent)]
+    Comm(#[from] crate::comm::Error),
+    /// A kernel outside the model.
+    #[error(transparent)]
+    Kernel(#[from] oxitron_kernels::Error),
+    /// libtorch.
+    #[error("libtorch: {0}")]
+    Torch(#[from] tch::TchError),
+    /// Token data.
+    #[error(transparent)]
+    Data(#[from] oxitron_data::Error),
+    /// A checkpoint.
+    #[error(transparent)]
+    Checkpoint(#[from] crate::checkpoint::Error),
+    /// A Hugging Face folder.
+    #[error(transparent)]
+    Convert(#[from] crate::convert::Error),
+    /// Metrics and events.
+    #[error(transparent)]
+    Metrics(#[from] crate::metrics::MetricsError),
+}
+
+impl RunError {
+    /// Whether the command line or the configuration is at fault, and no data was opened: the
+    /// process then exits with code 2.
+    pub fn is_usage(&self) -> bool {
+        matches!(self, Self::Plan(_) | Self::Config(_) | Self::ConfigChanged { .. })
+    }
+
+    /// For `map_err` on input and output.
+    pub(super) fn io(
+        path: impl Into<PathBuf>,
+        action: &'static str,
+    ) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { path, action, source }
+    }
+}

@@ -1,0 +1,141 @@
+//! From the data to the micro-batches of a rank.
+
+use std::time::Duration;
+
+use oxitron_data::{
+    BatchIndex, Cursor, Dataset, Loader, LoaderOptions, NO_TARGET, Sample, assign,
+};
+use tch::Device;
+
+use super::{RunError, ranks::Ranks};
+use crate::config::{Config, StageConfig};
+use crate::model::Batch;
+
+/// Batches that are read ahead of the step under way.
+const AHEAD: usize = 2;
+
+/// Tokens per document of a slot without a sample, so that its attention costs little.
+const EMPTY_DOCUMENT: usize = 512;
+
+/// What a rank trains on in one step.
+pub(super) struct StepData {
+    /// One per micro-batch.
+    pub(super) batches: Vec<Batch>,
+    /// Samples of the global batch.
+    pub(super) samples: u64,
+    /// Number of the first of them, counted from the beginning of the run.
+    pub(super) first_sample: u64,
+    /// Where the data goes on after this step.
+    pub(super) cursor: Cursor,
+    /// How long the step waited for it.
+    pub(super) wait: Duration,
+}
+
+/// The steps of a stage, read ahead by a thread of their own.
+pub(super) struct Feed {
+    loader: Loader,
+    seq_len: usize,
+    next_sample: u64,
+}
+
+impl Feed {
+    /// The rest of a stage from `cursor` on: `steps` steps, the first of which begins with sample
+    /// number `next_sample` of the run.
+    pub(super) fn new(
+        dataset: &Dataset,
+        cursor: &Cursor,
+        stage: &StageConfig,
+        steps: u64,
+        next_sample: u64,
+        ranks: &Ranks,
+    ) -> Result<Self, RunError> {
+        let weights: Vec<f64> = dataset
+            .source_names()
+            .into_iter()
+            .map(|name| stage.weights.get(name).copied().unwrap_or(0.0))
+            .collect();
+        let stream = dataset.stream(cursor, stage.seq_len, &weights)?;
+        let options = LoaderOptions {
+            samples_per_batch: stage.samples_per_batch(),
+            ranks: ranks.ranks,
+            rank: ranks.rank,
+            micro_batch: stage.micro_batch,
+            batches: steps,
+            ahead: AHEAD,
+        };
+        let loader = Loader::start(stream, options)?;
+        Ok(Self { loader, seq_len: stage.seq_len, next_sample })
+    }
+
+    /// The next step.
+    pub(super) fn next(&mut self, device: Device) -> Result<StepData, RunError> {
+        let Some((batch, wait)) = self.loader.next()? else {
+            return Err(RunError::Plan("the stage asked for more steps than it has".to_owned()));
+        };
+        let micro_batches = batch.micro_batches.iter();
+        let batches = micro_batches.map(|slots| tensors(slots, self.seq_len, device));
+        let samples = batch.samples as u64;
+        let first_sample = self.next_sample;
+        self.next_sample += samples;
+        Ok(StepData {
+            batches: batches.collect::<Result<_, _>>()?,
+            samples,
+            first_sample,
+            cursor: batch.cursor,
+            wait: Duration::from_secs_f64(wait),
+        })
+    }
+}
+
+/// This rank's micro-batches of the validation set: the first samples of its fixed order, as many
+/// as the configuration allows.
+pub(super) fn validation_batches(
+    dataset: &Dataset,
+    config: &Config,
+    stage: &StageConfig,
+    ranks: &Ranks,
+    device: Device,
+) -> Result<Vec<Batch>, RunError> {
+    let most = config.validation.batches * stage.samples_per_batch();
+    let samples: Vec<_> =
+        dataset.validation(stage.seq_len).take(most).collect::<Result<_, _>>()?;
+    let index = BatchIndex { samples };
+    let assignment = assign(&index, ranks.ranks, stage.micro_batch);
+    let read = |slot: &Option<usize>| {
+        slot.map(|sample| dataset.read(&index.samples[sample])).transpose()
+    };
+    let mut batches = Vec::new();
+    for slots in assignment.rank(ranks.rank) {
+        if slots.iter().any(Option::is_some) {
+            let samples: Vec<_> = slots.iter().map(read).collect::<Result<_, _>>()?;
+            batches.push(tensors(&samples, stage.seq_len, device)?);
+        }
+    }
+    Ok(batches)
+}
+
+/// Slots to tensors; a slot without a sample predicts nothing.
+fn tensors(
+    slots: &[Option<Sample>],
+    seq_len: usize,
+    device: Device,
+) -> Result<Batch, RunError> {
+    let mut tokens = Vec::with_capacity(slots.len() * seq_len);
+    let mut targets = Vec::with_capacity(slots.len() * seq_len);
+    let mut starts = Vec::with_capacity(slots.len());
+    for slot in slots {
+        match slot {
+            Some(sample) => {
+                tokens.extend(sample.tokens.iter().map(|&token| i64::from(token)));
+                targets.extend_from_slice(&sample.targets);
+                starts.push(sample.document_starts.clone());
+            }
+            None => {
+                tokens.resize(tokens.len() + seq_len, 0);
+                targets.resize(targets.len() + seq_len, NO_TARGET);
+                starts.push((0..seq_len as u32).step_by(EMPTY_DOCUMENT).collect());
+            }
+        }
+    }
+    Ok(Batch::new(&tokens, &targets, &starts, seq_len, device)?)
+}

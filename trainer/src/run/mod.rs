@@ -1,0 +1,31 @@
+//! The step loop: from a config and a rank's place among the others to a trained model.
+//!
+//! ```text
+//! open     run directory, log, dataset, newest checkpoint or initial values      (once)
+//! begin    window edge of the data, optimizer reset, buffers, action list         (per stage)
+//! step     batch ─▶ actions ─▶ control ─▶ update ─▶ record                        (per step)
+//! between  validate, save, stop
+//! ```
+//!
+//! All ranks run this loop in step. What they must agree on is decided from reduced values: inside
+//! a step by its control reduction (`control`), at the start and between steps by
+//! `Ranks::together`, which also makes a failure of one rank an error of all.
+
+mod control;
+mod error;
+mod feed;
+mod folder;
+mod progress;
+mod ranks;
+mod resume;
+mod save;
+mod stage;
+mod step;
+mod trainer;
+mod validate;
+
+#[cfg(test)]
+mod tests;
+
+pub use error::RunError;
+pub use trainer::{Options, Outcome, train};

@@ -1,0 +1,312 @@
+//! Opening a run: a new one with initial values, or one that has begun from its newest checkpoint.
+
+use std::ops::Range;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use oxitron_data::{Dataset, DatasetSpec, SourceSpec};
+use oxitron_kernels::{Threads, cpu_prefers_bf16, memory};
+use tch::Device;
+
+use super::{
+    RunError,
+    folder::RunFolder,
+    progress::Progress,
+    ranks::Ranks,
+    stage,
+    trainer::{Options, Trainer, dtype_name},
+};
+use crate::checkpoint::{self, Checkpoint, Scrutiny};
+use crate::comm::{Comm, Wire};
+use crate::config::{Config, Dtype, SourceConfig};
+use crate::convert::HfFolder;
+use crate::metrics::{self, Event, MetricsWriter};
+use crate::model::{Decoder, describe, tensor_names};
+use crate::zero::{InitialValues, StateKind, Zero};
+
+/// Where the weights of a run come from.
+enum Origin {
+    /// The run's own checkpoint: weights, moments and progress.
+    Resume(Checkpoint),
+    /// Another checkpoint: weights alone.
+    Checkpoint(Checkpoint),
+    /// A Hugging Face folder: weights alone.
+    HuggingFace(HfFolder),
+    /// The seed.
+    Seed,
+}
+
+impl<'a> Trainer<'a> {
+    /// Checks the plan, takes hold of the run directory, opens the data and fills the state.
+    pub(super) fn open(
+        config: &'a Config,
+        comm: &Comm,
+        options: &'a Options,
+    ) -> Result<Self, RunError> {
+        let ranks = Ranks::new(comm)?;
+        stage::check(config, ranks.ranks)?;
+        let decay = |name: &str| !config.optimizer.no_decay.matches(name);
+        let trainable = |name: &str| !config.model.freeze.matches(name);
+        let units = describe(&config.model, trainable, decay)?;
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let share = (cores / comm.local_world()).max(1);
+        Threads::set(config.run.threads.unwrap_or(share))?;
+        memory::install()?;
+
+        let lock = || RunFolder::lock(&config.run.dir);
+        let folder = ranks.together(if ranks.leads() { lock().map(Some) } else { Ok(None) })?;
+        let origin = find_origin(config, &ranks, options)?;
+        let (run_id, attempt) = identify(config, &ranks, &origin)?;
+        let dtype = choose_dtype(config, &ranks, &origin)?;
+        let open_metrics = |folder: &RunFolder| {
+            folder.write_config(&config.resolved_toml()?)?;
+            Ok(MetricsWriter::open(&config.run.dir, attempt)?)
+        };
+        let metrics = ranks.together(folder.as_ref().map(open_metrics).transpose())?;
+
+        let dataset = open_dataset(config, &ranks, &origin)?;
+        let device = Device::Cpu;
+        let decoder = Decoder::new(&config.model, dtype);
+        let everyone: Vec<usize> = (0..ranks.ranks).collect();
+        let wire = match config.parallel.grad_reduce_dtype {
+            Dtype::Bf16 => Wire::Bf16,
+            Dtype::Fp32 => Wire::F32,
+        };
+        let zero =
+            Zero::new(&units, comm.lane(&everyone)?, decoder.compute_kind(), wire, device)?;
+        let mut trainer = Self {
+            config,
+            options,
+            progress: Progress::start(dataset.start()),
+            ranks,
+            device,
+            dtype,
+            units,
+            decoder,
+            zero,
+            dataset,
+            run_id,
+            attempt,
+            parent: None,
+            folder,
+            metrics,
+        };
+        let filled = trainer.fill(&origin);
+        trainer.ranks.together(filled)?;
+        trainer.announce(&origin)?;
+        Ok(trainer)
+    }
+
+    /// Fills weights and moments, and the progress of a run that goes on.
+    fn fill(&mut self, origin: &Origin) -> Result<(), RunError> {
+        let names = tensor_names(&self.units);
+        let expected = || names.iter().map(|(name, shape)| (name.as_str(), shape.as_slice()));
+        match origin {
+            Origin::Seed => {
+                let values = InitialValues { seed: self.config.run.seed };
+                self.zero.load(&mut |spec, state, range, out| {
+                    values.read(spec, state, range, out);
+                    Ok::<_, std::convert::Infallible>(())
+                })?;
+            }
+            Origin::Resume(checkpoint) => {
+                checkpoint.check_model(expected(), &[StateKind::Master])?;
+                self.zero.load(&mut |spec, state, range, out| {
+                    checkpoint.read(&spec.name, state, range, out)
+                })?;
+                let (dir, stages) = (checkpoint.dir(), self.config.stages.len());
+                self.progress = Progress::from_manifest(checkpoint.meta(), stages, dir)?;
+                self.parent = Some(self.shown(dir));
+            }
+            Origin::Checkpoint(checkpoint) => {
+                checkpoint.check_model(expected(), &[StateKind::Master])?;
+                self.load_weights(|name, range, out| {
+                    checkpoint.read(name, StateKind::Master, range, out)
+                })?;
+            }
+            Origin::HuggingFace(folder) => {
+                check_shapes(folder, expected())?;
+                self.load_weights(|name, range, out| folder.read_f32(name, range, out))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Loads weights alone; the moments start at zero.
+    fn load_weights<E: std::fmt::Display>(
+        &mut self,
+        read: impl Fn(&str, Range<usize>, &mut [f32]) -> Result<(), E>,
+    ) -> Result<(), RunError> {
+        self.zero.load(&mut |spec, state, range, out| match state {
+            StateKind::Master => read(&spec.name, range, out),
+            StateKind::ExpAvg | StateKind::ExpAvgSq => {
+                out.fill(0.0);
+                Ok(())
+            }
+        })?;
+        Ok(())
+    }
+
+    /// Says where the run begins.
+    fn announce(&mut self, origin: &Origin) -> Result<(), RunError> {
+        let optimizer_bytes = self.zero.optimizer_bytes() as f64;
+        tracing::info!(
+            "{} parameters, {} on {} ranks; optimizer state {:.1} MB on this rank",
+            self.units.parameters(),
+            dtype_name(self.dtype),
+            self.ranks.ranks,
+            optimizer_bytes / 1e6,
+        );
+        let event = match origin {
+            Origin::Resume(checkpoint) => {
+                tracing::info!("resuming from {}", checkpoint.dir().display());
+                Event::Resume {
+                    step: self.progress.step,
+                    tokens: self.progress.tokens,
+                    checkpoint: self.shown(checkpoint.dir()),
+                    world: self.ranks.ranks as u32,
+                }
+            }
+            _ => Event::Start {
+                run_id: self.run_id.clone(),
+                world: self.ranks.ranks as u32,
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+            },
+        };
+        self.event(event)
+    }
+}
+
+/// Where the weights come from: the leader looks, the others open the same.
+fn find_origin(config: &Config, ranks: &Ranks, options: &Options) -> Result<Origin, RunError> {
+    let checkpoints = &config.checkpoint.dir;
+    let [found, step] = ranks.from_leader(|| {
+        let newest = checkpoint::newest_valid(checkpoints, Scrutiny::Structure)?;
+        for rejected in &newest.rejected {
+            tracing::warn!("{} cannot be used: {}", rejected.dir.display(), rejected.reason);
+        }
+        let Some(checkpoint) = newest.checkpoint else { return Ok([0, 0]) };
+        check_config(config, &checkpoint, options)?;
+        Ok([1, checkpoint.meta().step])
+    })?;
+    let open = || {
+        if found == 1 {
+            if config.model.init_from.is_some() {
+                tracing::info!("the run has begun, so model.init_from is not used");
+            }
+            let dir = checkpoints.join(checkpoint::folder_name(step));
+            return Ok(Origin::Resume(Checkpoint::open(dir)?));
+        }
+        Ok(match &config.model.init_from {
+            None => Origin::Seed,
+            Some(path) if path.join("config.json").is_file() => {
+                Origin::HuggingFace(HfFolder::open(path)?)
+            }
+            Some(path) => Origin::Checkpoint(checkpoint::find(path)?),
+        })
+    };
+    ranks.together(open())
+}
+
+/// Refuses a Hugging Face folder that holds another model than the configured one.
+fn check_shapes<'t>(
+    folder: &HfFolder,
+    expected: impl Iterator<Item = (&'t str, &'t [usize])>,
+) -> Result<(), RunError> {
+    for (name, shape) in expected {
+        let found = folder.shape(name);
+        if found != Some(shape) {
+            let found = found.map_or("absent".to_owned(), |shape| format!("of shape {shape:?}"));
+            return Err(RunError::Plan(format!(
+                "{}: tensor {name} is {found}, but the configured model has shape {shape:?}; make \
+                 [model] agree with its config.json",
+                folder.dir().display()
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Compares the configuration with the one that the checkpoint was written under.
+fn check_config(
+    config: &Config,
+    checkpoint: &Checkpoint,
+    options: &Options,
+) -> Result<(), RunError> {
+    let name = format!("the configuration in {}", checkpoint.dir().display());
+    let before = Config::from_text(&checkpoint.meta().config, &name, &config.run.dir, &[])?;
+    let begun = checkpoint.meta().next_stage.unwrap_or(config.stages.len());
+    let differences = before.result_affecting_difference(config, begun)?;
+    if differences.is_empty() {
+        return Ok(());
+    }
+    let listed: Vec<String> =
+        differences.iter().map(|difference| format!("  {difference}")).collect();
+    let differences = listed.join("\n");
+    if options.allow_config_change {
+        tracing::warn!("going on with a changed configuration:\n{differences}");
+        return Ok(());
+    }
+    Err(RunError::ConfigChanged { run_dir: config.run.dir.clone(), differences })
+}
+
+/// The run's identity and how often it has been started.
+fn identify(config: &Config, ranks: &Ranks, origin: &Origin) -> Result<(String, u32), RunError> {
+    let [attempt, fresh] = ranks.from_leader(|| {
+        let attempt = metrics::next_attempt(&config.run.dir)?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Ok([u64::from(attempt), now.as_nanos() as u64])
+    })?;
+    let run_id = match origin {
+        Origin::Resume(checkpoint) => checkpoint.meta().run_id.clone(),
+        _ => format!("{}-{fresh:016x}", config.run.name),
+    };
+    Ok((run_id, attempt as u32))
+}
+
+/// The dtype of weights and activations: what the configuration says; for `auto` what the run began
+/// with, or else what the leader's processor does fast. All ranks compute alike.
+fn choose_dtype(config: &Config, ranks: &Ranks, origin: &Origin) -> Result<Dtype, RunError> {
+    let recorded = match origin {
+        Origin::Resume(checkpoint) => checkpoint.meta().choices.get("dtype").cloned(),
+        _ => None,
+    };
+    let [bf16] = ranks.from_leader(|| {
+        let choose = || match recorded.as_ref().and_then(|name| name.as_str()) {
+            Some("bf16") => Dtype::Bf16,
+            Some(_) => Dtype::Fp32,
+            None if cpu_prefers_bf16().prefer => Dtype::Bf16,
+            None => Dtype::Fp32,
+        };
+        Ok([u64::from(config.model.dtype.resolve(choose) == Dtype::Bf16)])
+    })?;
+    Ok(if bf16 == 1 { Dtype::Bf16 } else { Dtype::Fp32 })
+}
+
+/// Opens the data: the leader first, since it may have to build the lock. A run that goes on sees
+/// the files that it had when the checkpoint was written.
+fn open_dataset(config: &Config, ranks: &Ranks, origin: &Origin) -> Result<Dataset, RunError> {
+    let source = |source: &SourceConfig| SourceSpec {
+        name: source.name.clone(),
+        paths: vec![source.path.clone()],
+        weight: source.weight,
+        max_epochs: source.max_epochs,
+    };
+    let spec = DatasetSpec {
+        sources: config.data.sources.iter().map(source).collect(),
+        seed: config.run.seed,
+        window_tokens: config.data.window_tokens,
+        validation_fraction: config.validation.fraction,
+        vocab_size: config.model.vocab_size,
+        lock: config.data.lock.clone(),
+    };
+    let recorded = match origin {
+        Origin::Resume(checkpoint) => checkpoint.meta().dataset_lock.as_deref(),
+        _ => None,
+    };
+    ranks.in_turn(|| {
+        Ok(match recorded {
+            Some(fingerprint) => Dataset::open_at(&spec, fingerprint)?,
+            None => Dataset::open(&spec)?,
+        })
+    })
+}

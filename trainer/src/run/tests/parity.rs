@@ -1,0 +1,53 @@
+//! Twenty steps of AdamW against a Hugging Face LLaMA under PyTorch.
+
+use super::runner::{Runner, Setting, Weights, assemble};
+use crate::comm::Comm;
+use crate::config::Dtype;
+use crate::plan::StepShape;
+use crate::testing::counter_hash::projection;
+use crate::testing::golden::{self, Golden, numbers};
+
+/// What two correct implementations differ by is 1e-7; a wrong one by 3e-5 at least (see
+/// `tests/golden/README.md`).
+const BOUND: f64 = 1e-5;
+
+#[test]
+fn twenty_steps_follow_pytorch() {
+    let golden = Golden::open("train20");
+    let micro_batches = golden.batches("");
+    for case in ["untied", "tied"] {
+        let facts = &golden.facts["cases"][case];
+        let (model, rope_base, scales) = golden::model(&facts["model"]);
+        let setting = Setting {
+            model: &model,
+            rope_base,
+            dtype: Dtype::Fp32,
+            weights: Weights::CounterHash(scales),
+            shape: StepShape { accumulation: 2, overlap: true, recompute: false },
+            tokens: micro_batches[0].token_count(),
+            clip_norm: facts["clip_norm"].as_f64().unwrap(),
+        };
+        let mut runner = Runner::new(setting, &Comm::solo());
+        let rates = numbers(&golden.facts["learning_rate"]);
+        let (losses, norms) = (numbers(&facts["loss"]), numbers(&facts["grad_norm"]));
+        let mut worst = (0f64, 0f64);
+        for (step, batches) in micro_batches.chunks(2).enumerate() {
+            let report = runner.step(batches, rates[step]);
+            let loss = (report.agreement.loss.mean() / losses[step] - 1.0).abs();
+            let norm = (report.agreement.grad_norm / norms[step] - 1.0).abs();
+            assert!(loss < BOUND, "{case} step {step}: loss differs by {loss:e}");
+            assert!(norm < BOUND, "{case} step {step}: gradient norm differs by {norm:e}");
+            worst = (worst.0.max(loss), worst.1.max(norm));
+        }
+        println!("{case}: losses within {:.1e}, gradient norms within {:.1e}", worst.0, worst.1);
+
+        let weights = assemble(runner.zero.stage().unwrap());
+        for (name, expected) in facts["weights"].as_object().unwrap() {
+            let change = expected["change_norm"].as_f64().unwrap();
+            for (which, expected) in numbers(&expected["projections"]).into_iter().enumerate() {
+                let error = (projection(name, which, &weights[name]) - expected).abs() / change;
+                assert!(error < 1e-3, "{case} {name}: off by {error:e} of its change");
+            }
+        }
+    }
+}
