@@ -7,8 +7,8 @@
 //! are not expanded to the query heads.
 //!
 //! That pair has no `out` form: it returns fresh tensors of one document's size, which are copied
-//! into the outputs given here. It shares out heads and query blocks in the forward pass and
-//! key-value heads in the backward pass, each computed by one thread.
+//! into the outputs given here. Its results do not depend on the number of threads (a test holds
+//! it to that).
 
 use tch::{Kind, Tensor};
 

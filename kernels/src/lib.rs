@@ -21,12 +21,17 @@
 //!   threads, because they sum in blocks whose size is fixed; matrix products and attention are
 //!   the libraries' and may round differently on another number of threads.
 //!
-//! # What lies underneath
+//! # Modules
 //!
-//! Elementwise kernels are plain Rust loops over slices, compiled once per instruction set
-//! ([`simd`]) and run on libtorch's own OpenMP threads ([`sys::parallel`]): compute has one pool.
-//! All `unsafe` that touches memory is in [`sys`]. [`memory`] counts the bytes of libtorch's CPU
-//! tensors through a small C++ shim.
+//! * A decoder block: [`rms_norm`], [`linear`], [`rope`], [`attention`] (over a
+//!   [`DocumentStarts`]), [`swiglu`], [`add`]; between dtypes: [`cast`].
+//! * Ends of the model: [`embedding`], [`linear_cross_entropy`].
+//! * Updating it: [`norm`], [`adamw`]; starting it: [`philox`].
+//! * The machine: [`Threads`], [`memory`] (bytes of libtorch's CPU tensors, counted by a small C++
+//!   shim), [`probe`] (what this processor does fast).
+//! * Underneath: [`simd`] compiles plain Rust loops once per instruction set, [`sys`] runs them on
+//!   libtorch's own OpenMP threads, so that compute has one pool, and holds all `unsafe` code that
+//!   touches memory.
 
 pub mod adamw;
 pub mod add;

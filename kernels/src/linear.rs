@@ -36,6 +36,16 @@ pub enum WeightGradient {
     OneDnn,
 }
 
+impl std::fmt::Display for WeightGradient {
+    /// The name under which a run records the choice.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            WeightGradient::Mkl => "mkl",
+            WeightGradient::OneDnn => "onednn",
+        })
+    }
+}
+
 impl WeightGradient {
     /// The way taken on this machine: decided once by processor and library, not by a measurement
     /// that could come out differently in the next run.

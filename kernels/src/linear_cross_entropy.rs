@@ -234,7 +234,10 @@ fn one_row<T: Float>(
         let factor = weight / denominator;
         let at_target = exp(real[target].to_f32() - largest) * factor - weight;
         for logit in real.iter_mut() {
-            *logit = T::from_f32(exp(logit.to_f32() - largest) * factor);
+            let gradient = exp(logit.to_f32() - largest) * factor;
+            // Denormal factors would slow the products that follow many times.
+            let normal = gradient.abs() >= f32::MIN_POSITIVE;
+            *logit = T::from_f32(if normal { gradient } else { 0.0 });
         }
         real[target] = T::from_f32(at_target);
         padding.fill(T::default());

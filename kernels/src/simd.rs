@@ -1,7 +1,7 @@
 //! One source, several instruction sets.
 //!
 //! Inner loops are plain Rust over slices, written so that the compiler vectorises them (fixed
-//! lanes for sums, selects instead of branches). [`simd!`] compiles such a function once per level
+//! lanes for sums, selects instead of branches). the macro `simd!` compiles such a function once per level
 //! and picks one at run time. No loop uses fused multiply-add or reorders a sum by itself, so
 //! every level gives the same bits; only the speed differs.
 

@@ -35,7 +35,7 @@ fn tensors_are_seen_to_come_and_go() {
 }
 
 fn loss_is_bounded_by_the_chunk() {
-    let (tokens, hidden, vocab, chunk) = (2048, 16, 32_768, 64);
+    let (tokens, hidden, vocab, chunk) = (512, 16, 32_768, 32);
     for (kind, width) in [(Kind::Float, 4), (Kind::BFloat16, 2)] {
         let x = Tensor::randn([tokens, hidden], (Kind::Float, Device::Cpu)).to_kind(kind);
         let w = Tensor::randn([vocab, hidden], (Kind::Float, Device::Cpu)).to_kind(kind);
@@ -72,7 +72,7 @@ fn loss_is_bounded_by_the_chunk() {
         let head = (vocab * hidden) as u64 * width;
         println!("{kind:?}: {grown} bytes for {logits} bytes of logits in a chunk");
         // One chunk of logits, room for a library's own copy of it, the scratch of the head's
-        // gradient and the token losses. All logits at once would be 32 chunks.
+        // gradient and the token losses. All logits at once would be 16 chunks.
         assert!(
             grown >= logits,
             "{kind:?}: {grown} bytes cannot hold a chunk of {logits}"

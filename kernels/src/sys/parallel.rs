@@ -34,11 +34,34 @@ pub fn threads() -> usize {
     usize::try_from(threads).unwrap_or(1).max(1)
 }
 
+/// One loop, as the threads of a team see it.
+struct Job<F> {
+    n: usize,
+    grain: usize,
+    blocks: usize,
+    body: F,
+}
+
+/// Runs the calling thread's share of the [`Job`] that `data` points to.
+extern "C" fn run_share<F: Fn(Range<usize>) + Sync>(data: *mut c_void) {
+    // SAFETY: `parallel_for` passes its `Job<F>`, which outlives the region; access is shared.
+    let job = unsafe { &*data.cast_const().cast::<Job<F>>() };
+    // SAFETY: both read the calling thread's place in the current team.
+    let (index, team) = unsafe { (omp_get_thread_num(), omp_get_num_threads()) };
+    // OpenMP may give fewer threads than asked for, so the share follows the real team.
+    let (index, team) = (index as usize, team as usize);
+    let first = job.blocks * index / team * job.grain;
+    let last = (job.blocks * (index + 1) / team * job.grain).min(job.n);
+    if first < last {
+        (job.body)(first..last);
+    }
+}
+
 /// Runs `body` on consecutive ranges that together cover `0..n`, each range made of whole blocks
 /// of `grain` items (the last block may be shorter). Each thread gets at most one range.
 ///
 /// A panic in `body` aborts the process: it must not unwind through OpenMP.
-pub fn parallel_for(n: usize, grain: usize, body: impl Fn(Range<usize>) + Sync) {
+pub fn parallel_for<F: Fn(Range<usize>) + Sync>(n: usize, grain: usize, body: F) {
     let grain = grain.max(1);
     let blocks = n.div_ceil(grain);
     // Always the whole team: libgomp ends and restarts threads when its size changes.
@@ -49,49 +72,23 @@ pub fn parallel_for(n: usize, grain: usize, body: impl Fn(Range<usize>) + Sync) 
         }
         return;
     }
-
-    struct Job<F> {
-        n: usize,
-        grain: usize,
-        blocks: usize,
-        body: F,
-    }
-    extern "C" fn run<F: Fn(Range<usize>) + Sync>(data: *mut c_void) {
-        // SAFETY: `data` is the `Job<F>` below, which outlives the region; only shared access.
-        let job = unsafe { &*data.cast_const().cast::<Job<F>>() };
-        // SAFETY: both read the calling thread's place in the current team.
-        let (index, team) = unsafe { (omp_get_thread_num(), omp_get_num_threads()) };
-        // OpenMP may give fewer threads than asked for, so the share follows the real team.
-        let (index, team) = (index as usize, team as usize);
-        let first = job.blocks * index / team * job.grain;
-        let last = (job.blocks * (index + 1) / team * job.grain).min(job.n);
-        if first < last {
-            (job.body)(first..last);
-        }
-    }
-    fn entry<F: Fn(Range<usize>) + Sync>(_: &Job<F>) -> extern "C" fn(*mut c_void) {
-        run::<F>
-    }
-
     let job = Job {
         n,
         grain,
         blocks,
         body,
     };
-    // SAFETY: `entry(&job)` expects exactly this type, `job` lives until GOMP_parallel returns (it
-    // joins the team), and `F: Sync` allows the shared calls.
-    unsafe {
-        GOMP_parallel(
-            entry(&job),
-            (&raw const job).cast_mut().cast::<c_void>(),
-            team as c_uint,
-            0,
-        );
-    }
+    let data = (&raw const job).cast_mut().cast::<c_void>();
+    // SAFETY: `run_share::<F>` expects exactly this type, `job` lives until GOMP_parallel returns
+    // (it joins the team), and `F: Sync` allows the shared calls.
+    unsafe { GOMP_parallel(run_share::<F>, data, team as c_uint, 0) }
 }
 
 /// As [`parallel_for`], and hands each range its own part of `output`.
+///
+/// # Panics
+/// If `output` has fewer parts than the loop has items: a mistake in the kernel that calls this,
+/// never in a user's input, which [`super::operands`] has checked.
 pub fn parallel_split<S: Split>(
     n: usize,
     grain: usize,
@@ -132,6 +129,23 @@ mod tests {
                 }
             });
         }
+    }
+
+    #[test]
+    fn there_is_one_openmp_in_the_process() {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let mut libraries: Vec<&str> = maps
+            .lines()
+            .filter_map(|line| line.split_whitespace().nth(5))
+            .filter(|path| path.contains("libgomp") || path.contains("libiomp"))
+            .collect();
+        libraries.sort_unstable();
+        libraries.dedup();
+        assert_eq!(
+            libraries.len(),
+            1,
+            "two pools would fight for the cores: {libraries:?}"
+        );
     }
 
     #[test]
