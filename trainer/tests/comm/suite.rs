@@ -12,8 +12,9 @@ use tch::{Kind, Tensor};
 /// Slice lengths: odd, shorter than a block of the summation, and longer than one and four chunks.
 const LENGTHS: [usize; 5] = [1, 7, 1025, 300_001, 1_200_007];
 
-/// Operations per lane of the random schedules.
-const RANDOM_OPERATIONS: usize = 30;
+/// Batches of the random schedules, and operations per lane in each.
+const RANDOM_BATCHES: usize = 4;
+const BATCH_OPERATIONS: usize = 8;
 
 /// Runs `body` for every handle on a thread of its own and hands a panic on.
 pub fn each_rank(comms: Vec<Comm>, body: impl Fn(Comm) + Copy + Send + 'static) {
@@ -193,7 +194,7 @@ fn messages_run_along_a_chain(lane: &Lane) {
         assert!(floats(&buffer).iter().all(|&x| x == lane.index() as f32));
     }
     if lane.index() + 1 < lane.size() {
-        lane.send(buffer + 1.0, lane.index() + 1).wait().unwrap();
+        let _ = lane.send(buffer + 1.0, lane.index() + 1).wait().unwrap();
     }
 }
 
@@ -218,7 +219,7 @@ fn a_dropped_ticket_and_a_wrong_argument_do_no_harm(lane: &Lane) {
 
 /// Several lanes, two of them over the same ranks and two over halves, each with its own random list
 /// of operations. Every rank queues them in its own random interleaving, pauses now and then, and
-/// waits for tickets in another order than that of the queue.
+/// waits for the tickets of a batch in another order than that of the queue.
 fn random_schedules_on_overlapping_lanes_end(comm: &Comm) {
     let everybody: Vec<usize> = (0..comm.world()).collect();
     let like_me: Vec<usize> = everybody
@@ -238,36 +239,40 @@ fn random_schedules_on_overlapping_lanes_end(comm: &Comm) {
         random = mix(random.wrapping_add(0x9e37_79b9_7f4a_7c15));
         (random % bound as u64) as usize
     };
-    let mut queued = [0; 4];
-    let mut tickets = Vec::new();
-    while queued.iter().any(|&count| count < RANDOM_OPERATIONS) {
-        let which = next(lanes.len());
-        if queued[which] == RANDOM_OPERATIONS {
-            continue;
+    // All tickets of a batch are waited for before the next batch: a rank that waited for one lane
+    // while another waits for a lane that the first has not filled yet would be a deadlock of the
+    // caller's making.
+    for batch in 0..RANDOM_BATCHES {
+        let mut queued = [0; 4];
+        let mut tickets = Vec::new();
+        while queued.iter().any(|&count| count < BATCH_OPERATIONS) {
+            let which = next(lanes.len());
+            if queued[which] == BATCH_OPERATIONS {
+                continue;
+            }
+            let lane = &lanes[which];
+            // What the operation is depends on the lane's ranks and its place in the queue only.
+            let place = ((lane.ranks()[0] * 10 + which) * 100 + batch) * 100 + queued[which];
+            let seed = mix(place as u64 + 1);
+            queued[which] += 1;
+            let slice = 1 + (seed >> 8) as usize % 90_000;
+            let wire = if seed & 1 == 0 { Wire::F32 } else { Wire::Bf16 };
+            if seed & 6 == 0 {
+                let ticket = lane.all_reduce(input(seed, lane.index(), slice));
+                tickets.push((lane, ticket, seed, slice, None));
+            } else {
+                let buffer = input(seed, lane.index(), slice * lane.size());
+                let ticket = lane.reduce_scatter(buffer, wire);
+                tickets.push((lane, ticket, seed, slice, Some(wire)));
+            }
+            if next(8) == 0 {
+                std::thread::sleep(Duration::from_micros(next(3000) as u64));
+            }
         }
-        let lane = &lanes[which];
-        // What the operation is depends on the lane's ranks and its place in the queue only.
-        let seed = mix((which * 1000 + queued[which]) as u64 + (lane.ranks()[0] as u64) << 32);
-        queued[which] += 1;
-        let slice = 1 + (seed >> 8) as usize % 90_000;
-        let wire = if seed & 1 == 0 { Wire::F32 } else { Wire::Bf16 };
-        if seed & 6 == 0 {
-            let ticket = lane.all_reduce(input(seed, lane.index(), slice));
-            tickets.push((lane, ticket, seed, slice, None));
-        } else {
-            let buffer = input(seed, lane.index(), slice * lane.size());
-            let ticket = lane.reduce_scatter(buffer, wire);
-            tickets.push((lane, ticket, seed, slice, Some(wire)));
-        }
-        if next(8) == 0 {
-            std::thread::sleep(Duration::from_micros(next(3000) as u64));
-        }
-        // Keep some in flight, take any of them.
-        while tickets.len() > 12 {
+        while !tickets.is_empty() {
             check_random(tickets.swap_remove(next(tickets.len())));
         }
     }
-    tickets.into_iter().rev().for_each(check_random);
 }
 
 fn check_random((lane, ticket, seed, slice, wire): (&Lane, Ticket, u64, usize, Option<Wire>)) {
@@ -302,12 +307,12 @@ fn processor_seconds() -> f64 {
 fn waiting_does_not_burn_a_core(lane: &Lane) {
     let last = lane.index() + 1 == lane.size();
     // All start together.
-    lane.all_reduce(input(0, 0, 1)).wait().unwrap();
+    let _ = lane.all_reduce(input(0, 0, 1)).wait().unwrap();
     let (begun, before) = (Instant::now(), processor_seconds());
     if last {
         std::thread::sleep(Duration::from_secs(1));
     }
-    lane.all_reduce(input(0, 0, 1)).wait().unwrap();
+    let _ = lane.all_reduce(input(0, 0, 1)).wait().unwrap();
     let (waited, used) = (begun.elapsed().as_secs_f64(), processor_seconds() - before);
     if lane.index() == 0 {
         println!(
@@ -347,7 +352,7 @@ pub fn peers_of_an_abort_fail() {
         );
         // Neither leaves before both have seen rank 2's abort.
         let both = comm.lane(&[0, 1]).unwrap();
-        both.all_reduce(input(1, 0, 1)).wait().unwrap();
+        let _ = both.all_reduce(input(1, 0, 1)).wait().unwrap();
     });
 }
 
