@@ -12,7 +12,7 @@ pub struct DataConfig {
     pub tokenizer: Option<PathBuf>,
     /// Record of the files and their index (absolute path).
     pub lock: PathBuf,
-    /// Documents are shuffled within windows of this many tokens.
+    /// Documents are shuffled within windows of this many tokens, at least the longest `seq_len`.
     pub window_tokens: u64,
     /// How documents become samples.
     pub packing: Packing,
@@ -32,9 +32,9 @@ pub enum Packing {
 /// `[[data.source]]`: one part of the mixture.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SourceConfig {
-    /// Name of the source.
+    /// Name of the source; the order of its documents depends on it.
     pub name: String,
-    /// A Parquet file or a file pattern (absolute path).
+    /// A Parquet file, a folder of them, or a pattern (absolute path).
     pub path: PathBuf,
     /// Share of tokens, relative to the other sources.
     pub weight: f64,

@@ -49,7 +49,8 @@ fn head_dim(root: &mut Node, sources: &Sources, problems: &mut Vec<Problem>) {
         let below = width / count * count;
         let near = if below == 0 { count } else { below };
         let help = format!("use {near} or {}, or set `model.head_dim`", near + count);
-        problems.push(sources.problem(&hidden.origin, message, help));
+        let origin = sources.blame([&hidden.origin, &heads.origin]);
+        problems.push(sources.problem(&origin, message, help));
         return;
     }
     insert_default(model, "head_dim", integer(width / count));

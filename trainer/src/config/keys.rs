@@ -125,7 +125,9 @@ pub(super) const DATA: &[Key] = &[
     key("lock", Path, Rule("`dataset.lock` in `run.dir`"), "",
         "Record of the files, their checksums and their index; made on first use."),
     key("window_tokens", Integer(2, 1 << 40), Is("4194304"), "tokens",
-        "Documents are shuffled within windows of this size; at least the longest `seq_len`."),
+        "Documents are shuffled within windows of this size: a few times the longest `seq_len`, \
+         well below the tokens of the shortest stage, because what is left of a window is dropped \
+         when a stage ends."),
     key("packing", Choice(&["concat"]), Is("\"concat\""), "",
         "Documents follow one another; one that does not fit is cut and goes on in the next \
          sample."),
@@ -135,9 +137,11 @@ pub(super) const DATA: &[Key] = &[
 /// `[[data.source]]`
 #[rustfmt::skip]
 pub(super) const SOURCE: &[Key] = &[
-    key("name", Name, Required, "", "Name of the source; no two are equal."),
+    key("name", Name, Required, "",
+        "Name of the source; no two are equal. The order of its documents depends on it."),
     key("path", FilePattern, Required, "",
-        "Its token shards: a Parquet file or a pattern such as `code/*.parquet`."),
+        "Its token shards: a Parquet file, a folder of them, or a pattern such as \
+         `code/*.parquet`."),
     key("weight", Number(Positive), Is("1.0"), "share of tokens",
         "Its part of the mixture, relative to the other sources."),
     key("max_epochs", Number(Positive), Absent("no limit"), "epochs",

@@ -112,7 +112,7 @@ impl Kind {
             Self::Number(bounds) => format!("a number {}", bounds.describe()),
             Self::Pair(bounds) => format!("a list of two numbers, each {}", bounds.describe()),
             Self::Boolean => "true or false".to_owned(),
-            Self::Name => "a name (letters, digits, `_`, `-`, `.`)".to_owned(),
+            Self::Name => "a name (string of letters, digits, `_`, `-`, `.`)".to_owned(),
             Self::Text => "a string".to_owned(),
             Self::Path => "a path (string)".to_owned(),
             Self::FilePattern => "a path or file pattern (string)".to_owned(),
@@ -266,6 +266,11 @@ impl Check<'_> {
             Value::Text(text) if numeric(text) => format!("write `{key} = {text}`, without quotes"),
             Value::Float(number) if expected.contains("whole") && number.fract() == 0.0 => {
                 format!("write it without a point or exponent: `{key} = {number}`")
+            }
+            Value::Integer(_) | Value::Float(_) | Value::Boolean(_)
+                if expected.contains("string") =>
+            {
+                format!("write it as a string: `{key} = \"{}\"`", node.describe())
             }
             _ => format!("give `{key}` {expected}"),
         };

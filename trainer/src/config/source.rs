@@ -62,6 +62,18 @@ impl Sources {
             .map_or(Layer::Default, |source| source.layer)
     }
 
+    /// Of several origins that contradict each other the one to blame: that of the highest layer,
+    /// and among equals the first.
+    pub fn blame<'o>(&self, origins: impl IntoIterator<Item = &'o Origin>) -> Origin {
+        let mut blamed = Origin::default();
+        for origin in origins {
+            if self.layer(origin) > self.layer(&blamed) {
+                blamed = origin.clone();
+            }
+        }
+        blamed
+    }
+
     /// Line, column and text of an origin; `None` for a default.
     pub fn place(&self, origin: &Origin) -> Option<Place> {
         let source_index = origin.source?;

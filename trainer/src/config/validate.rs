@@ -4,7 +4,7 @@
 
 use super::error::{ConfigError, Problem, refuse_if_any};
 use super::root::Config;
-use super::source::{Origin, Sources};
+use super::source::Sources;
 use super::stage::StageConfig;
 use super::tree::Node;
 
@@ -37,12 +37,13 @@ struct Check<'a> {
 }
 
 impl Check<'_> {
-    /// Adds a finding at the value of a key.
-    fn problem(&mut self, path: &str, message: String, help: String) {
-        let origin = self
-            .tree
-            .get(path)
-            .map_or_else(Origin::default, |node| node.origin.clone());
+    /// Adds a finding about some keys, at the value of the one to blame.
+    fn problem(&mut self, paths: &[&str], message: String, help: String) {
+        let origins = paths
+            .iter()
+            .filter_map(|path| self.tree.get(path))
+            .map(|node| &node.origin);
+        let origin = self.sources.blame(origins);
         self.problems
             .push(self.sources.problem(&origin, message, help));
     }
@@ -56,7 +57,7 @@ impl Check<'_> {
                 .map(|n| n.to_string())
                 .collect();
             self.problem(
-                "model.num_kv_heads",
+                &["model.num_kv_heads", "model.num_heads"],
                 format!(
                     "`model.num_kv_heads` is {kv_heads}, it must divide `model.num_heads` ({heads})"
                 ),
@@ -64,21 +65,13 @@ impl Check<'_> {
             );
         }
         if !model.head_dim.is_multiple_of(2) {
-            let given = self
-                .tree
-                .get("model.head_dim")
-                .is_some_and(|n| n.origin.source.is_some());
-            let path = if given {
-                "model.head_dim"
-            } else {
-                "model.hidden_size"
-            };
             let message = format!(
                 "`model.head_dim` is {}, it must be even: RoPE turns pairs of elements",
                 model.head_dim
             );
             let help = "change `head_dim`, or `hidden_size` or `num_heads` that it follows from";
-            self.problem(path, message, help.to_owned());
+            let paths = ["model.head_dim", "model.hidden_size", "model.num_heads"];
+            self.problem(&paths, message, help.to_owned());
         }
     }
 
@@ -91,7 +84,11 @@ impl Check<'_> {
                      names must differ"
                 );
                 let path = format!("{section}.{index}.name");
-                self.problem(&path, message, "give one of them another name".to_owned());
+                self.problem(
+                    &[&path],
+                    message,
+                    "give one of them another name".to_owned(),
+                );
             }
             seen.push(name);
         }
@@ -110,7 +107,7 @@ impl Check<'_> {
             0 => format!("use {seq_len}"),
             _ => format!("use {below} or {}", below + seq_len),
         };
-        self.problem(&path, message, help);
+        self.problem(&[&path, &format!("stage.{index}.seq_len")], message, help);
     }
 
     fn window(&mut self, index: usize, stage: &StageConfig, window_tokens: u64) {
@@ -122,28 +119,19 @@ impl Check<'_> {
              no sample would fit into a window",
             stage.seq_len
         );
-        let help = "use at least the longest `seq_len`, better a hundred times that";
-        // The default is larger than most sequences, so the text to blame may be the stage.
-        let given = self
-            .tree
-            .get("data.window_tokens")
-            .is_some_and(|n| n.origin.source.is_some());
-        let stage_path = format!("stage.{index}.seq_len");
-        let path = if given {
-            "data.window_tokens"
-        } else {
-            &stage_path
-        };
-        self.problem(path, message, help.to_owned());
+        let help = "use at least the longest `seq_len`, better a few times that";
+        let paths = ["data.window_tokens", &format!("stage.{index}.seq_len")];
+        self.problem(&paths, message, help.to_owned());
     }
 
     fn schedule(&mut self, index: usize, stage: &StageConfig) {
         let (warmup, steps) = (stage.warmup_steps, stage.steps);
         let path = format!("stage.{index}.warmup_steps");
+        let steps_path = format!("stage.{index}.steps");
         if warmup > steps {
             let message = format!("`{path}` is {warmup}, more than the {steps} steps of the stage");
             let help = format!("set `warmup_steps` of this stage to at most {steps}");
-            return self.problem(&path, message, help);
+            return self.problem(&[&path, &steps_path], message, help);
         }
         let decay = stage.decay_steps.unwrap_or(0);
         if decay > steps - warmup {
@@ -156,7 +144,7 @@ impl Check<'_> {
                 "set `decay_steps` of this stage to at most {}",
                 steps - warmup
             );
-            self.problem(&path, message, help);
+            self.problem(&[&path, &steps_path], message, help);
         }
     }
 
@@ -165,7 +153,7 @@ impl Check<'_> {
             let path = format!("stage.{index}.weights");
             let message = format!("`{path}` gives every source a share of 0");
             self.problem(
-                &path,
+                &[&path],
                 message,
                 "give at least one source a share".to_owned(),
             );

@@ -97,7 +97,23 @@ fn what_cannot_be_set_is_refused() {
         ),
         ("stage.0.seq_len=4o96", "is the string \"4o96\""),
         ("run.name=", "is the string \"\", it must be a name"),
-        ("run.name=1", "`run.name` is 1, it must be a name"),
+        ("run.name=1", "write it as a string: `name = \"1\"`"),
+        (
+            "model.num_heads=7",
+            "`model.hidden_size` is 64, it must be a multiple",
+        ),
+        (
+            "model.num_heads=1",
+            "`model.num_kv_heads` is 2, it must divide",
+        ),
+        (
+            "stage.0.seq_len=5000",
+            "`stage.0.batch_tokens` is 65536, it must be a multiple",
+        ),
+        (
+            "data.window_tokens=4095",
+            "`data.window_tokens` is 4095, less than",
+        ),
         ("optmizer.lr=1", "did you mean `optimizer`?"),
     ];
     for (set, expected) in cases {
