@@ -51,14 +51,22 @@ enum WeightType {
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
     match args.direction {
-        Direction::ToHf { checkpoint, out, dtype, max_shard_size } => {
+        Direction::ToHf {
+            checkpoint,
+            out,
+            dtype,
+            max_shard_size,
+        } => {
             let dtype = match dtype {
                 WeightType::Bf16 => Dtype::Bf16,
                 WeightType::Fp32 => Dtype::F32,
                 WeightType::Fp16 => Dtype::F16,
             };
             let checkpoint = checkpoint::find(&checkpoint)?;
-            let options = ExportOptions { dtype, max_shard_bytes: max_shard_size };
+            let options = ExportOptions {
+                dtype,
+                max_shard_bytes: max_shard_size,
+            };
             let mut progress = Progress::new("export", Unit::Weights);
             let written = to_hf(&checkpoint, &out, &options, &mut |done, total| {
                 progress.update(done, total);
@@ -74,8 +82,10 @@ pub fn run(args: Args) -> Result<()> {
         }
         Direction::FromHf { hf_dir, out } => {
             let mut progress = Progress::new("import", Unit::Weights);
-            let imported = from_hf(&hf_dir, &out, &mut |done, total| progress.update(done, total))
-                .with_context(|| format!("cannot import {}", hf_dir.display()))?;
+            let imported = from_hf(&hf_dir, &out, &mut |done, total| {
+                progress.update(done, total)
+            })
+            .with_context(|| format!("cannot import {}", hf_dir.display()))?;
             println!(
                 "{}: {} weights in {} tensors, {}",
                 out.display(),
@@ -90,7 +100,9 @@ pub fn run(args: Args) -> Result<()> {
 
 /// Parses a size in bytes: `5GB` (powers of 1000), `512MiB` (powers of 1024), `1000000`.
 fn parse_size(text: &str) -> Result<u64> {
-    let digits = text.find(|letter: char| !letter.is_ascii_digit()).unwrap_or(text.len());
+    let digits = text
+        .find(|letter: char| !letter.is_ascii_digit())
+        .unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
     let scale: u64 = match unit.trim() {
         "" | "B" => 1,
@@ -102,7 +114,9 @@ fn parse_size(text: &str) -> Result<u64> {
         "GiB" => 1 << 30,
         other => bail!("unknown unit `{other}`; use KB, MB, GB, KiB, MiB or GiB"),
     };
-    let number: u64 = number.parse().context("a size starts with a whole number")?;
+    let number: u64 = number
+        .parse()
+        .context("a size starts with a whole number")?;
     match number.checked_mul(scale) {
         Some(size) if size > 0 => Ok(size),
         _ => bail!("a size of 1 byte to {} bytes is expected", u64::MAX),

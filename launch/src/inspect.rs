@@ -31,8 +31,15 @@ pub fn run(args: Args) -> Result<()> {
             bytes = total;
             progress.update(done, total);
         })?;
-        let chunks: usize = checkpoint.files().iter().map(|file| file.chunks.len()).sum();
-        print(&format!("verified   {chunks} chunks, {}: all checksums are right\n", size(bytes)))?;
+        let chunks: usize = checkpoint
+            .files()
+            .iter()
+            .map(|file| file.chunks.len())
+            .sum();
+        print(&format!(
+            "verified   {chunks} chunks, {}: all checksums are right\n",
+            size(bytes)
+        ))?;
     }
     Ok(())
 }
@@ -52,7 +59,11 @@ fn describe(checkpoint: &Checkpoint) -> Result<String, std::fmt::Error> {
     let out = &mut text;
     writeln!(out, "checkpoint {}", checkpoint.dir().display())?;
     let parent = meta.parent.as_deref().unwrap_or("none");
-    writeln!(out, "run        {}, attempt {}, parent {parent}", meta.run_id, meta.attempt)?;
+    writeln!(
+        out,
+        "run        {}, attempt {}, parent {parent}",
+        meta.run_id, meta.attempt
+    )?;
     writeln!(out, "step       {}", meta.step)?;
     writeln!(out, "tokens     {}", meta.tokens)?;
     match &meta.stage {
@@ -69,12 +80,22 @@ fn describe(checkpoint: &Checkpoint) -> Result<String, std::fmt::Error> {
             "next       stage {next} after {} of its steps, Adam's time {}",
             meta.schedule.step_in_stage, meta.schedule.adam_step
         )?,
-        None => writeln!(out, "next       nothing: training is done, or this is an import")?,
+        None => writeln!(
+            out,
+            "next       nothing: training is done, or this is an import"
+        )?,
     }
-    writeln!(out, "dataset    {}", meta.dataset_lock.as_deref().unwrap_or("none"))?;
+    writeln!(
+        out,
+        "dataset    {}",
+        meta.dataset_lock.as_deref().unwrap_or("none")
+    )?;
     writeln!(out, "cursor     {}", meta.cursor)?;
     for skipped in &meta.skipped {
-        let last = skipped.first_sample.saturating_add(skipped.samples).saturating_sub(1);
+        let last = skipped
+            .first_sample
+            .saturating_add(skipped.samples)
+            .saturating_sub(1);
         writeln!(
             out,
             "skipped    step {}: samples {} to {last}",
@@ -92,7 +113,11 @@ fn describe(checkpoint: &Checkpoint) -> Result<String, std::fmt::Error> {
             FileKind::Attachment => "attachment",
         };
         let (bytes, chunks) = (size(file.bytes), file.chunks.len());
-        writeln!(out, "  {:<44} {kind:<10} {bytes:>12}  {chunks} chunk(s)", file.name)?;
+        writeln!(
+            out,
+            "  {:<44} {kind:<10} {bytes:>12}  {chunks} chunk(s)",
+            file.name
+        )?;
     }
     Ok(text)
 }
@@ -102,7 +127,11 @@ fn describe_tensors(checkpoint: &Checkpoint, out: &mut String) -> std::fmt::Resu
     let elements = |shape: &[usize]| shape.iter().product::<usize>() as u64;
     let parameters: u64 = tensors.iter().map(|tensor| elements(&tensor.shape)).sum();
     writeln!(out, "tensors    {}, {parameters} parameters", tensors.len())?;
-    let width = tensors.iter().map(|tensor| tensor.name.len()).max().unwrap_or(0);
+    let width = tensors
+        .iter()
+        .map(|tensor| tensor.name.len())
+        .max()
+        .unwrap_or(0);
     for tensor in tensors {
         let bytes_of = |state: &StateEntry| elements(&tensor.shape) * state.dtype.bytes() as u64;
         let bytes = tensor.states.iter().map(bytes_of).sum();
@@ -110,12 +139,21 @@ fn describe_tensors(checkpoint: &Checkpoint, out: &mut String) -> std::fmt::Resu
             .states
             .iter()
             .map(|state| {
-                format!("{} {} in {}", state.state, state.dtype.name(), state.pieces.len())
+                format!(
+                    "{} {} in {}",
+                    state.state,
+                    state.dtype.name(),
+                    state.pieces.len()
+                )
             })
             .collect();
         let shape = format!("{:?}", tensor.shape);
         let (bytes, states) = (size(bytes), states.join(", "));
-        writeln!(out, "  {:<width$}  {shape:<16} {bytes:>12}  {states}", tensor.name)?;
+        writeln!(
+            out,
+            "  {:<width$}  {shape:<16} {bytes:>12}  {states}",
+            tensor.name
+        )?;
     }
     Ok(())
 }
@@ -161,7 +199,11 @@ mod tests {
             attempt: 2,
             step: 7,
             tokens: 7 * 4096,
-            stage: Some(StageMark { name: "4k".to_owned(), seq_len: 4096, ..Default::default() }),
+            stage: Some(StageMark {
+                name: "4k".to_owned(),
+                seq_len: 4096,
+                ..Default::default()
+            }),
             cursor: serde_json::json!({"web": [0, 1, 2]}),
             ..Default::default()
         };

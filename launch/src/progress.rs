@@ -40,7 +40,11 @@ impl Progress {
             }
             bar
         });
-        Self { label, bar, last_line: Instant::now() }
+        Self {
+            label,
+            bar,
+            last_line: Instant::now(),
+        }
     }
 
     /// Shows that `done` of `total` units are done.

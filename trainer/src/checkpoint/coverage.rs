@@ -136,6 +136,7 @@ fn split(sides: &Block, dimension: usize, from: usize, to: usize, boxes: &mut Ve
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
     use proptest::prelude::*;
 

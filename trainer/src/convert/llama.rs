@@ -115,6 +115,7 @@ pub fn list_of_tensors(sizes: &LlamaSizes) -> Vec<(String, Vec<usize>)> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
 
     /// Parameter counts of published models.
