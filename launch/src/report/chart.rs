@@ -108,6 +108,8 @@ pub(super) struct Chart<'a> {
     pub(super) caption: &'a str,
     /// What the curves say, for those who do not see them.
     pub(super) description: String,
+    /// Whether the looks of the curves are explained.
+    pub(super) legend: bool,
     pub(super) y: Scale,
     pub(super) curves: Vec<Curve>,
 }
@@ -122,7 +124,7 @@ impl Chart<'_> {
              <span class=\"caption\">{}{scale}</span><span class=\"legend\">{}</span></figcaption>\n\
              <div class=\"plot\" data-x=\"{} {}\" data-y=\"{} {} {}\">\n",
             escape(self.caption),
-            self.legend(),
+            self.legend_entries(),
             frame.x.low,
             frame.x.high,
             self.y.low,
@@ -153,15 +155,16 @@ impl Chart<'_> {
         html
     }
 
-    fn legend(&self) -> String {
+    fn legend_entries(&self) -> String {
         let entry = |curve: &Curve| {
             let class = look_class(curve.look);
             format!("<span class=\"key {class}\">{}</span>", escape(&curve.name))
         };
-        if self.curves.len() < 2 {
-            String::new()
-        } else {
+        // The small charts draw what the large one explains.
+        if self.legend {
             self.curves.iter().map(entry).collect()
+        } else {
+            String::new()
         }
     }
 

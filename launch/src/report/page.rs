@@ -71,8 +71,34 @@ pub(super) fn page(
     html
 }
 
-/// How the run stands, by what its last attempt said last.
+/// How the run stands, on how many ranks, and how often it was started.
 fn status(history: &History) -> String {
+    let ranks = history
+        .events
+        .iter()
+        .rev()
+        .find_map(|record| match record.event {
+            Event::Start { world, .. } | Event::Resume { world, .. } => Some(u64::from(world)),
+            _ => None,
+        });
+    let ranks = ranks.map_or(String::new(), |ranks| {
+        counted(ranks, " · 1 rank", " · {} ranks")
+    });
+    let attempts = counted(history.attempts().max(1).into(), "1 attempt", "{} attempts");
+    format!("{}{ranks} · {attempts}", outcome(history))
+}
+
+/// `one`, or `many` with the count in place of its braces.
+fn counted(count: u64, one: &str, many: &str) -> String {
+    if count == 1 {
+        one.to_owned()
+    } else {
+        many.replace("{}", &grouped(count))
+    }
+}
+
+/// What the last attempt said last.
+fn outcome(history: &History) -> String {
     let last = history.events.iter().max_by_key(|record| record.attempt);
     match last.map(|record| &record.event) {
         Some(Event::Stop {
@@ -102,14 +128,6 @@ fn tiles(history: &History, stages: &[StageSummary]) -> String {
     let loss = |loss: Option<f64>| loss.map_or("–".into(), |loss| format!("{loss:.3}"));
     let seconds: f64 = stages.iter().map(|stage| stage.seconds).sum();
     let validation = stages.iter().rev().find_map(|stage| stage.validation_loss);
-    let ranks = history
-        .events
-        .iter()
-        .rev()
-        .find_map(|record| match record.event {
-            Event::Start { world, .. } | Event::Resume { world, .. } => Some(world),
-            _ => None,
-        });
     let mut tiles = vec![
         ("Train loss", loss(stage.train_loss)),
         ("Validation loss", loss(validation)),
@@ -128,8 +146,6 @@ fn tiles(history: &History, stages: &[StageSummary]) -> String {
     if peak > 0 {
         tiles.push(("Peak memory", bytes(peak)));
     }
-    tiles.extend(ranks.map(|ranks| ("Ranks", grouped(ranks.into()))));
-    tiles.push(("Attempts", grouped(history.attempts().max(1).into())));
     let tile = |(name, value): (&str, String)| {
         format!("<div><dt>{name}</dt><dd>{}</dd></div>\n", escape(&value))
     };
@@ -237,14 +253,16 @@ fn charts(history: &History) -> [Chart<'static>; 4] {
             title: "Loss",
             caption: "nats per target token",
             description: course("Train loss", &losses),
+            legend: true,
             y: Scale::around(both.into_iter(), 3.0),
             curves: loss_curves,
         },
         Chart {
             id: "rate",
             title: "Learning rate",
-            caption: "before per-tensor multipliers",
+            caption: "by schedule",
             description: course("Learning rate", &lr),
+            legend: false,
             y: Scale::from_zero(ys(&lr).into_iter()),
             curves: vec![Curve {
                 name: "learning rate".into(),
@@ -255,8 +273,9 @@ fn charts(history: &History) -> [Chart<'static>; 4] {
         Chart {
             id: "speed",
             title: "Tokens per second",
-            caption: "positions, all ranks together",
+            caption: "all ranks",
             description: course("Tokens per second", &rates),
+            legend: false,
             y: Scale::from_zero(ys(&rates).into_iter()),
             curves: with_mean(rates),
         },
@@ -265,6 +284,7 @@ fn charts(history: &History) -> [Chart<'static>; 4] {
             title: "Gradient norm",
             caption: "before clipping",
             description: course("Gradient norm", &norms),
+            legend: false,
             y: Scale::around(ys(&norms).into_iter(), 20.0),
             curves: with_mean(norms),
         },
@@ -387,11 +407,7 @@ fn events(history: &History) -> String {
         "<section aria-labelledby=\"events\">\n<h2 id=\"events\">Events</h2>\n\
          <details><summary>{}: starts, stages, validations, saves</summary>\n{}{more}</details>\n\
          </section>\n",
-        if count == 1 {
-            "1 event".into()
-        } else {
-            format!("{} events", grouped(count as u64))
-        },
+        counted(count as u64, "1 event", "{} events"),
         html_table(&table, "Events")
     )
 }

@@ -68,11 +68,12 @@ impl Scale {
     /// Round values to mark, rising, all inside the axis.
     pub(super) fn ticks(&self) -> Vec<f64> {
         let decades = (self.high / self.low).log10();
-        if !self.log || decades < 0.7 {
+        if !self.log {
             return self.even_ticks();
         }
         let digits: &[f64] = match decades {
-            d if d < 1.5 => &[1.0, 2.0, 3.0, 5.0, 7.0],
+            d if d < 0.9 => &[1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0],
+            d if d < 1.5 => &[1.0, 2.0, 3.0, 5.0],
             d if d < 3.0 => &[1.0, 2.0, 5.0],
             _ => &[1.0],
         };
@@ -105,16 +106,18 @@ impl Scale {
     }
 }
 
-/// The next of 1, 2, 2.5, 5, 10 times a power of ten at or above `rough`.
+/// The one of 1, 2, 2.5, 5, 10 times a power of ten that is nearest to `rough` by ratio.
 fn nice_step(rough: f64) -> f64 {
     if !(rough.is_finite() && rough > 0.0) {
         return 1.0;
     }
     let power = 10f64.powf(rough.log10().floor());
-    let digit = [1.0, 2.0, 2.5, 5.0]
+    // Below each border (the geometric mean of its neighbours) lies the digit beside it.
+    let borders = [(1.41, 1.0), (2.24, 2.0), (3.54, 2.5), (7.07, 5.0)];
+    let nearest = borders
         .into_iter()
-        .find(|digit| digit * power >= rough * 0.999);
-    digit.unwrap_or(10.0) * power
+        .find(|(border, _)| rough / power < *border);
+    nearest.map_or(10.0, |(_, digit)| digit) * power
 }
 
 fn labels(ticks: &[f64]) -> Vec<String> {
@@ -166,14 +169,19 @@ mod tests {
     #[test]
     fn small_numbers_share_an_exponent() {
         let scale = Scale::from_zero([3e-4].into_iter());
-        assert_eq!(scale.labels(), ["0", "1e-4", "2e-4", "3e-4"]);
+        assert_eq!(
+            scale.labels(),
+            [
+                "0", "0.5e-4", "1.0e-4", "1.5e-4", "2.0e-4", "2.5e-4", "3.0e-4"
+            ]
+        );
     }
 
     #[test]
     fn a_wide_range_becomes_logarithmic() {
         let scale = Scale::around([2.0, 9.0].into_iter(), 3.0);
         assert!(scale.log);
-        assert_eq!(scale.labels(), ["2", "4", "6", "8"]);
+        assert_eq!(scale.labels(), ["2", "2.5", "3", "4", "5", "6", "8"]);
         assert!(scale.position(2.0) > 0.0 && scale.position(9.0) < 1.0);
         let wide = Scale::around([1e-3, 500.0].into_iter(), 20.0);
         assert_eq!(wide.labels(), ["1e-3", "0.01", "0.1", "1", "10", "100"]);
