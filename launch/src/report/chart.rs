@@ -118,7 +118,7 @@ impl Chart<'_> {
     /// The chart as a `figure` element.
     pub(super) fn html(&self, frame: &Frame) -> String {
         let (id, title) = (self.id, escape(self.title));
-        let scale = if self.y.log { ", logarithmic axis" } else { "" };
+        let scale = if self.y.log { ", log axis" } else { "" };
         let mut html = format!(
             "<figure class=\"chart {id}\" id=\"{id}\">\n<figcaption><h3>{title}</h3>\
              <span class=\"caption\">{}{scale}</span><span class=\"legend\">{}</span></figcaption>\n\
@@ -198,8 +198,10 @@ impl Chart<'_> {
                 100.0 * frame.x.position(band.from),
                 100.0 * frame.x.position(band.to),
             );
+            // On a small chart there is no room for the name of a short stage.
+            let narrow = if to - from < 8.0 { " narrow" } else { "" };
             html.push_str(&format!(
-                "<span class=\"band-name\" aria-hidden=\"true\" style=\"left:{from:.3}%;\
+                "<span class=\"band-name{narrow}\" aria-hidden=\"true\" style=\"left:{from:.3}%;\
                  width:{:.3}%\">{}</span>\n",
                 (to - from).max(0.0),
                 escape(&band.name)
@@ -239,6 +241,12 @@ fn push_curve(curve: &Curve, x: &Scale, y: &Scale, html: &mut String) {
         .collect();
     let (class, name) = (look_class(curve.look), escape(&curve.name));
     let line = path(&places);
+    // One value alone would be a speck as wide as the line.
+    let class = if places.len() == 1 {
+        format!("{class} single")
+    } else {
+        class.to_owned()
+    };
     html.push_str(&format!(
         "<path class=\"curve {class}\" data-name=\"{name}\" d=\"{line}\"/>\n"
     ));

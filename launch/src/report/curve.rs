@@ -17,8 +17,8 @@ pub(super) fn smoothing_reach(steps: usize) -> usize {
 }
 
 /// The centred moving mean over `reach` steps to both sides, without lag. Missing values are left
-/// out of the mean. Near the ends the window shrinks on both sides alike, so that a slope does not
-/// bend there.
+/// out of the mean. At the start the window shrinks on both sides alike, so that the steep slope
+/// there does not bend; at the end it keeps its left side, so that the curve does not end in noise.
 pub(super) fn smoothed(series: &[(f64, f64)], reach: usize) -> Series {
     // Prefix sums of the values present, and how many there are.
     let mut sums = Vec::with_capacity(series.len() + 1);
@@ -32,8 +32,9 @@ pub(super) fn smoothed(series: &[(f64, f64)], reach: usize) -> Series {
         sums.push((sum, count));
     }
     let mean = |index: usize| {
-        let reach = reach.min(index).min(series.len() - 1 - index);
-        let (from, to) = (sums[index - reach], sums[index + reach + 1]);
+        let left = reach.min(index);
+        let right = left.min(series.len() - 1 - index);
+        let (from, to) = (sums[index - left], sums[index + right + 1]);
         (to.0 - from.0) / (to.1 - from.1) as f64
     };
     series
@@ -70,11 +71,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_straight_line_stays_straight_to_its_ends() {
+    fn a_straight_line_stays_straight_until_the_window_meets_the_end() {
         let line: Series = (0..50)
             .map(|x| (f64::from(x), 3.0 * f64::from(x)))
             .collect();
-        assert_eq!(smoothed(&line, 7), line);
+        let smooth = smoothed(&line, 7);
+        assert_eq!(smooth[..43], line[..43]);
+        assert_eq!(smooth[49], (49.0, 3.0 * 45.5), "the mean of steps 42 to 49");
         assert_eq!(smoothed(&line[..1], 7), line[..1]);
         assert!(smoothed(&[], 7).is_empty());
     }

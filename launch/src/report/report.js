@@ -1,4 +1,5 @@
-// A cross and the values under the pointer. The values are read back from the drawn paths.
+// A cross through every chart at the pointer, and the values there of the chart under it. The values
+// are read back from the drawn paths.
 const short = (value) => {
   if (value !== 0 && Math.abs(value) < 1e-3) return value.toExponential(2);
   return value.toLocaleString("en", { maximumSignificantDigits: 4, notation: Math.abs(value) >= 1e4 ? "compact" : "standard" });
@@ -35,14 +36,16 @@ const nearest = (points, x) => {
   return Math.abs(points[first][0] - x) < Math.abs(points[last][0] - x) ? points[first] : points[last];
 };
 
-const show = (x) => {
+const show = (x, under) => {
   for (const { plot, curves, value, tokens, cross, readout } of plots) {
+    cross.hidden = false;
+    cross.style.left = `${x / 10}%`;
+    readout.hidden = plot !== under;
+    if (readout.hidden) continue;
     const lines = curves
       .filter((curve) => curve.points.length > 0)
       .map((curve) => `${curve.name}: ${short(value(nearest(curve.points, x)[1]))}`);
     readout.textContent = [`${short(tokens(x))} tokens`, ...lines].join("\n");
-    cross.hidden = readout.hidden = false;
-    cross.style.left = `${x / 10}%`;
     const place = (x / 1000) * plot.clientWidth;
     const left = x < 500 ? place + 10 : place - readout.offsetWidth - 10;
     readout.style.left = `${left}px`;
@@ -56,7 +59,7 @@ const hide = () => {
 for (const { plot } of plots) {
   plot.addEventListener("pointermove", (event) => {
     const box = plot.getBoundingClientRect();
-    show(Math.min(1000, Math.max(0, ((event.clientX - box.left) / box.width) * 1000)));
+    show(Math.min(1000, Math.max(0, ((event.clientX - box.left) / box.width) * 1000)), plot);
   });
   plot.addEventListener("pointerleave", hide);
 }

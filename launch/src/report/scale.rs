@@ -47,7 +47,7 @@ impl Scale {
                 log: true,
             };
         }
-        let step = nice_step((high - low).max(high.abs() * 1e-3) / TICKS as f64);
+        let step = nice_step((high - low).max(high.abs() * 0.02) / TICKS as f64);
         Self::exact((low / step).floor() * step, (high / step).ceil() * step)
     }
 
