@@ -16,6 +16,8 @@
 
 mod chart;
 mod curve;
+mod events;
+mod figures;
 mod html;
 mod page;
 mod scale;
