@@ -1,24 +1,59 @@
-//! The `oxitron` command.
+//! The `oxitron` command: reads the command line and hands over to one file per command.
+//!
+//! Exit codes: 0 done; 2 a command line or configuration that is refused before any data is
+//! opened; 75 stopped on request after a complete save, start again to go on; 1 everything else.
+//! `main` returns the code; nothing else ends the process.
 
+mod convert;
+mod data;
+mod exit;
+mod generate;
+mod inspect;
+mod launch;
+mod progress;
+mod ranks;
 mod report;
+mod train;
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{Parser, Subcommand};
 
-#[derive(Parser)]
-#[command(name = "oxitron", version, about)]
+/// Pre-trains language models on many nodes, fine-tunes them on one device, and converts them to
+/// and from the Hugging Face format.
+#[derive(Debug, Parser)]
+#[command(name = "oxitron", version, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
 enum Command {
+    Train(train::TrainArgs),
+    Launch(launch::LaunchArgs),
+    /// Make token shards from text, and look at them
+    #[command(subcommand)]
+    Data(data::DataCommand),
+    Convert(convert::Args),
+    Inspect(inspect::Args),
+    Generate(generate::GenerateArgs),
     Report(report::Args),
 }
 
 fn main() -> ExitCode {
-    let Command::Report(args) = Command::parse();
-    match report::run(&args) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    let done = |()| ExitCode::SUCCESS;
+    let result = match Cli::parse().command {
+        Command::Train(args) => train::run(&args),
+        Command::Launch(args) => launch::run(&args),
+        Command::Data(command) => data::run(command).map(done),
+        Command::Convert(args) => convert::run(args).map(done),
+        Command::Inspect(args) => inspect::run(args).map(done),
+        Command::Generate(args) => generate::run(&args).map(done),
+        Command::Report(args) => report::run(&args).map(done),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("oxitron: {error:#}");
+        exit::code_of(&error)
+    })
 }

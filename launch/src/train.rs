@@ -1,0 +1,78 @@
+//! `oxitron train`: this process is one rank of a run.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use anyhow::{Context, Result};
+use oxitron_trainer::comm::Comm;
+use oxitron_trainer::config::Config;
+use oxitron_trainer::metrics::logging;
+use oxitron_trainer::run::{self, Options, Outcome};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
+
+use crate::exit;
+
+/// Train a model in this process: alone, or as one rank under mpirun or srun
+///
+/// On a run directory that already holds a checkpoint, training goes on from the newest valid one.
+/// SIGTERM, SIGINT and SIGUSR1 end the run after the step under way, with a checkpoint and exit
+/// code 75; a second one of these signals ends the process at once.
+#[derive(Debug, clap::Args)]
+pub struct TrainArgs {
+    /// Configuration (TOML)
+    pub config: PathBuf,
+    /// Override one key, for example `--set stage.0.steps=100`; may be repeated
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub sets: Vec<String>,
+    /// Go on although the configuration differs from the run's in what changes the result
+    #[arg(long)]
+    pub allow_config_change: bool,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// A refused configuration, and whatever keeps the run from starting or going on.
+pub fn run(args: &TrainArgs) -> Result<ExitCode> {
+    let config = Config::load(&args.config, &args.sets)?;
+    let comm = Comm::from_environment()?;
+    let log = logging::init_rank(&config.run.dir, comm.rank());
+    let options = Options {
+        allow_config_change: args.allow_config_change,
+        stop: stop_on_signals().context("cannot install signal handlers")?,
+    };
+    let outcome = log.map_err(anyhow::Error::from).and_then(|()| {
+        run::train(&config, &comm, &options).map_err(|error| {
+            tracing::error!("{error}");
+            error.into()
+        })
+    });
+    match outcome {
+        Ok(outcome) => {
+            comm.finish()?;
+            Ok(match outcome {
+                Outcome::Finished => ExitCode::SUCCESS,
+                Outcome::Stopped => ExitCode::from(exit::STOPPED),
+            })
+        }
+        Err(error) => {
+            // Leaves the other ranks, or brings them down when they do not leave as well: they
+            // must not wait for this one for ever.
+            drop(comm);
+            Err(error)
+        }
+    }
+}
+
+/// A flag that the first stop signal sets; the second ends the process.
+fn stop_on_signals() -> std::io::Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [SIGTERM, SIGINT, SIGUSR1] {
+        // In this order: the handler that ends the process sees the flag of an earlier signal.
+        signal_hook::flag::register_conditional_shutdown(signal, 1, Arc::clone(&stop))?;
+        signal_hook::flag::register(signal, Arc::clone(&stop))?;
+    }
+    Ok(stop)
+}
