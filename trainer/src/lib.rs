@@ -4,6 +4,7 @@ pub mod checkpoint;
 pub mod comm;
 pub mod config;
 pub mod convert;
+pub mod generate;
 pub mod metrics;
 pub mod model;
 pub mod plan;
