@@ -12,6 +12,7 @@ mod suite;
 use std::process::ExitCode;
 #[cfg(feature = "mpi")]
 use std::process::{Command, Stdio};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use oxitron_trainer::comm::Comm;
@@ -88,23 +89,25 @@ fn on_mpi(world: usize) {
     assert!(status.success(), "mpirun -n {world} ended with {status}");
 }
 
-/// Ends the process when the suite hangs.
-fn watch() {
-    std::thread::spawn(|| {
-        std::thread::sleep(TIME_LIMIT);
-        eprintln!("not finished after {} s: deadlock?", TIME_LIMIT.as_secs());
-        std::process::abort();
+/// Ends the process unless what is returned is dropped in time.
+fn watch() -> mpsc::Sender<()> {
+    let (alive, ended) = mpsc::channel();
+    std::thread::spawn(move || {
+        if ended.recv_timeout(TIME_LIMIT) == Err(mpsc::RecvTimeoutError::Timeout) {
+            eprintln!("not finished after {} s: deadlock?", TIME_LIMIT.as_secs());
+            std::process::abort();
+        }
     });
+    alive
 }
 
 fn main() -> ExitCode {
     #[cfg(feature = "mpi")]
     if std::env::var_os(RANK_MARK).is_some() {
-        watch();
+        let _watched = watch();
         suite::run(Comm::mpi().unwrap());
         return ExitCode::SUCCESS;
     }
-    watch();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let flag = |name: &str| arguments.iter().any(|argument| argument == name);
     let words: Vec<&String> = arguments.iter().filter(|a| !a.starts_with('-')).collect();
@@ -127,7 +130,7 @@ fn main() -> ExitCode {
         println!("skipped: the cases on MPI processes, because the feature `mpi` is off");
     }
     for case in cases().into_iter().filter(|case| chosen(&case.name)) {
-        let begun = Instant::now();
+        let (begun, _watched) = (Instant::now(), watch());
         // A failed assertion of a rank on a thread reaches this thread as a panic and ends the
         // program with an error; so there is no count of failures to keep.
         (case.run)();

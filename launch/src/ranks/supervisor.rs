@@ -1,0 +1,266 @@
+//! Watches over the ranks of one job from its start to its end.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Child, ExitStatus};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use super::mpirun::Job;
+use super::verdict::{How, first_death};
+
+/// How often the child, the signals and the view get a look when nothing is said.
+const TICK: Duration = Duration::from_millis(100);
+
+/// How long `mpirun` may take to end the other ranks after one has died. It gives them one second.
+const REAPING: Duration = Duration::from_secs(5);
+
+/// How long lines may still come in after `mpirun` has ended.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// Lines kept of each rank's standard error and of `mpirun` itself.
+const KEPT_LINES: usize = 30;
+
+/// Exit code of a rank that stopped on request after a complete save.
+const STOPPED: i32 = 75;
+
+/// Something that was said.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Line {
+    /// The rank that said it; `None` for `mpirun` itself.
+    pub rank: Option<usize>,
+    /// Whether it came on standard error.
+    pub error: bool,
+    /// The words, without the line's end.
+    pub text: String,
+}
+
+/// Who shows a person what happens.
+pub trait View {
+    /// A rank said something.
+    fn line(&mut self, line: &Line);
+    /// Time has passed.
+    fn tick(&mut self);
+    /// The ranks were asked to stop.
+    fn stopping(&mut self);
+}
+
+/// How a job ended.
+#[derive(Debug)]
+pub enum Ending {
+    /// Every rank returned 0.
+    Done,
+    /// The ranks stopped on request after a complete save.
+    Stopped,
+    /// A person asked for an end twice and did not wait for the save.
+    Killed,
+    /// A rank died, or the ranks could not be started.
+    Failed(Failure),
+}
+
+/// What is known about a failed job.
+#[derive(Debug)]
+pub struct Failure {
+    /// The rank that died first, where `mpirun` says it.
+    pub rank: Option<usize>,
+    /// How it died.
+    pub how: How,
+    /// The last lines that the rank, or where none is named `mpirun`, wrote to standard error.
+    pub words: Vec<String>,
+}
+
+/// Starts the ranks of `job` and stays with them until all have ended.
+///
+/// # Errors
+/// `mpirun` is missing or cannot be started. A job that started and failed is an [`Ending`].
+pub fn supervise(job: &Job, view: &mut dyn View) -> Result<Ending> {
+    let mut signals = Signals::new([SIGINT, SIGTERM]).context("cannot watch for signals")?;
+    let mut family = Family::start(job)?;
+    let mut heard = Heard::default();
+    let mut requests = 0;
+    let mut deadline: Option<Instant> = None;
+    let status = loop {
+        match family.lines.recv_timeout(TICK) {
+            Ok(line) => heard.line(line, view),
+            Err(RecvTimeoutError::Timeout) => {}
+            // Both outputs are closed; the end is near.
+            Err(RecvTimeoutError::Disconnected) => std::thread::sleep(TICK),
+        }
+        view.tick();
+        for _ in signals.pending() {
+            requests += 1;
+            if requests == 1 {
+                view.stopping();
+                family.signal(Signal::USR1);
+            } else {
+                family.kill();
+            }
+        }
+        if let Some(status) = family.child.try_wait().context("cannot wait for mpirun")? {
+            break status;
+        }
+        if deadline.is_none() && heard.someone_died {
+            deadline = Some(Instant::now() + REAPING);
+        }
+        if deadline.is_some_and(|deadline| Instant::now() > deadline) {
+            // A daemon on an unreachable machine keeps mpirun alive for minutes.
+            family.kill();
+        }
+    };
+    let until = Instant::now() + LAST_WORDS;
+    while let Ok(line) = family
+        .lines
+        .recv_timeout(until.saturating_duration_since(Instant::now()))
+    {
+        heard.line(line, view);
+    }
+    view.tick();
+    Ok(heard.ending(status, requests))
+}
+
+/// `mpirun` and the threads that read its outputs. Dropping it leaves no process behind.
+struct Family {
+    child: Child,
+    lines: Receiver<Line>,
+}
+
+impl Family {
+    fn start(job: &Job) -> Result<Self> {
+        let mut child = job.command()?.spawn().context("cannot start mpirun")?;
+        let (sender, lines) = channel();
+        let outputs: [Option<Box<dyn Read + Send>>; 2] = [
+            child.stdout.take().map(|output| Box::new(output) as _),
+            child.stderr.take().map(|output| Box::new(output) as _),
+        ];
+        for (output, error) in outputs.into_iter().zip([false, true]) {
+            if let Some(output) = output {
+                let sender = sender.clone();
+                std::thread::spawn(move || read_lines(output, error, &sender));
+            }
+        }
+        Ok(Self { child, lines })
+    }
+
+    fn pid(&self) -> Option<Pid> {
+        Pid::from_raw(i32::try_from(self.child.id()).ok()?)
+    }
+
+    /// Sends a signal that mpirun passes on to its ranks.
+    fn signal(&self, signal: Signal) {
+        if let Some(pid) = self.pid() {
+            // It may have ended meanwhile; the next look will tell.
+            let _ = kill_process(pid, signal);
+        }
+    }
+
+    /// Kills mpirun and what it started in its group; the kernel then kills the ranks.
+    fn kill(&self) {
+        if let Some(pid) = self.pid() {
+            let _ = kill_process_group(pid, Signal::KILL);
+        }
+    }
+}
+
+impl Drop for Family {
+    fn drop(&mut self) {
+        self.kill();
+        // Killed or ended: this returns at once and leaves no zombie.
+        let _ = self.child.wait();
+    }
+}
+
+fn read_lines(output: impl Read, error: bool, lines: &Sender<Line>) {
+    let mut output = BufReader::new(output);
+    let mut bytes = Vec::new();
+    // Ranks may write anything; bytes that are no text must not end the reading.
+    while matches!(output.read_until(b'\n', &mut bytes), Ok(1..)) {
+        let text = String::from_utf8_lossy(&bytes);
+        let (rank, text) = untag(text.trim_end_matches(['\r', '\n']));
+        if lines
+            .send(Line {
+                rank,
+                error,
+                text: text.to_owned(),
+            })
+            .is_err()
+        {
+            return;
+        }
+        bytes.clear();
+    }
+}
+
+/// Splits `[job,rank]<stdout>:text`, as `mpirun --tag-output` marks the lines of ranks.
+fn untag(line: &str) -> (Option<usize>, &str) {
+    let tagged = || {
+        let (tag, rest) = line.strip_prefix('[')?.split_once("]<std")?;
+        let (_, rank) = tag.split_once(',')?;
+        let (_, text) = rest.split_once('>')?;
+        Some((rank.parse().ok()?, text.strip_prefix(':').unwrap_or(text)))
+    };
+    tagged().map_or((None, line), |(rank, text)| (Some(rank), text))
+}
+
+/// What the family has said so far.
+#[derive(Default)]
+struct Heard {
+    /// All of mpirun's own words.
+    mpirun: String,
+    /// The last lines on standard error by rank, mpirun's own under `None`.
+    last: BTreeMap<Option<usize>, VecDeque<String>>,
+    someone_died: bool,
+}
+
+impl Heard {
+    fn line(&mut self, line: Line, view: &mut dyn View) {
+        if line.rank.is_none() {
+            self.mpirun.push_str(&line.text);
+            self.mpirun.push('\n');
+            // The first words about a death in both versions of Open MPI.
+            self.someone_died |= line.text.contains("non-zero")
+                || line.text.contains("noticed that process rank")
+                || line.text.contains("the job has been aborted");
+        } else {
+            view.line(&line);
+        }
+        if line.error && !line.text.starts_with("-----") {
+            let last = self.last.entry(line.rank).or_default();
+            if last.len() == KEPT_LINES {
+                last.pop_front();
+            }
+            last.push_back(line.text);
+        }
+    }
+
+    fn ending(mut self, status: ExitStatus, requests: usize) -> Ending {
+        if status.success() {
+            return Ending::Done;
+        }
+        if requests > 1 {
+            return Ending::Killed;
+        }
+        if status.code() == Some(STOPPED) {
+            return Ending::Stopped;
+        }
+        let (rank, how) = match first_death(&self.mpirun) {
+            Some((rank, how)) => (Some(rank), how),
+            None => (None, own_end(status)),
+        };
+        let words = self.last.remove(&rank).unwrap_or_default().into();
+        Ending::Failed(Failure { rank, how, words })
+    }
+}
+
+/// What mpirun's own end says about its ranks.
+fn own_end(status: ExitStatus) -> How {
+    use std::os::unix::process::ExitStatusExt as _;
+    match (status.code(), status.signal()) {
+        (Some(code), _) => How::from_exit_code(code),
+        (None, signal) => How::Signal(signal.unwrap_or_default()),
+    }
+}
