@@ -20,7 +20,8 @@
 //!   time to save in; it passes SIGUSR1 on. So the launcher turns the first SIGINT or SIGTERM into
 //!   SIGUSR1, and the second into SIGKILL.
 //!
-//! The supervisor knows nothing of training: the program that a rank runs is a parameter, which is
+//! The supervisor knows nothing of training (only the words by which a rank says that it aborts):
+//! the program that a rank runs is a parameter, which is
 //! how it is tested with shell scripts under a real `mpirun`.
 
 mod hosts;

@@ -7,6 +7,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use oxitron_trainer::comm::ABORT_MARK;
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -237,6 +238,14 @@ impl Heard {
         }
     }
 
+    /// The rank that said that it aborts the run.
+    fn aborted(&self) -> Option<usize> {
+        let said = |lines: &VecDeque<String>| lines.iter().any(|line| line.contains(ABORT_MARK));
+        self.last
+            .iter()
+            .find_map(|(rank, lines)| rank.filter(|_| said(lines)))
+    }
+
     fn ending(mut self, status: ExitStatus, requests: usize) -> Ending {
         if status.success() {
             return Ending::Done;
@@ -249,7 +258,7 @@ impl Heard {
         }
         let (rank, how) = match first_death(&self.mpirun) {
             Some((rank, how)) => (Some(rank), how),
-            None => (None, own_end(status)),
+            None => (self.aborted(), own_end(status)),
         };
         let words = self.last.remove(&rank).unwrap_or_default().into();
         Ending::Failed(Failure { rank, how, words })

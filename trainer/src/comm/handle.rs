@@ -16,6 +16,11 @@ use super::threads;
 /// brings them down.
 const DROP_LIMIT: Duration = Duration::from_secs(10);
 
+/// What a rank that aborts a run of processes writes to standard error between its name and the
+/// reason, as in `rank 3 ends the run: the disk is full`. A launcher can tell the rank by it, where
+/// the MPI library does not say who called `MPI_Abort`.
+pub const ABORT_MARK: &str = "ends the run:";
+
 /// Lane numbers are message tags; this is the smallest upper bound that MPI allows a library.
 const MAX_LANES: u32 = 32_767;
 

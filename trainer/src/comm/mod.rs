@@ -52,6 +52,6 @@ mod transport;
 
 pub use environment::Environment;
 pub use error::{Error, Result};
-pub use handle::Comm;
+pub use handle::{ABORT_MARK, Comm};
 pub use lane::{Lane, Wire};
 pub use ticket::{Ticket, Traffic};

@@ -15,6 +15,7 @@ use mpi::ffi;
 use mpi::topology::Communicator as _;
 use mpi::traits::AsRaw as _;
 
+use super::handle::ABORT_MARK;
 use super::transport::Transport;
 
 /// The exit code that an abort gives the job.
@@ -250,7 +251,7 @@ impl Transport for Mpi {
     }
 
     fn abort(&mut self, reason: &str) {
-        eprintln!("oxitron: rank {} ends the run: {reason}", self.rank);
+        eprintln!("rank {} {ABORT_MARK} {reason}", self.rank);
         // SAFETY: MPI is initialised; the call ends this process and its peers.
         unsafe { ffi::MPI_Abort(self.communicator, ABORT_CODE) };
     }
