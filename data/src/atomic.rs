@@ -39,7 +39,7 @@ pub(crate) fn commit(file: NamedTempFile, path: &Path) -> Result<()> {
     file.persist(path).map_err(|e| Error::Io {
         action: "rename into place",
         path: path.into(),
-        source: e.error,
+        reason: e.error,
     })?;
     sync_folder(&parent(path))
 }

@@ -9,14 +9,14 @@ use std::path::{Path, PathBuf};
 #[non_exhaustive]
 pub enum Error {
     /// The operating system refused.
-    #[error("cannot {action} {}: {source}", path.display())]
+    #[error("cannot {action} {}: {reason}", path.display())]
     Io {
         /// What was tried, in words ("read", "create the folder", …).
         action: &'static str,
         /// On which file or folder.
         path: PathBuf,
-        /// The operating system's answer.
-        source: std::io::Error,
+        /// The operating system's answer. Part of the message, hence not a `source`.
+        reason: std::io::Error,
     },
 
     /// An option holds a value that cannot work.
@@ -242,10 +242,10 @@ pub type Result<T> = std::result::Result<T, Error>;
 impl Error {
     /// A closure for `map_err` that names what was tried on which path.
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
-        move |source| Error::Io {
+        move |reason| Error::Io {
             action,
             path: path.to_path_buf(),
-            source,
+            reason,
         }
     }
 }

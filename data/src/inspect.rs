@@ -53,27 +53,34 @@ pub struct FileFigures {
 /// # Errors
 /// Paths that name nothing, files that are no shards, and a tokenizer that did not write them.
 pub fn inspect(paths: &[PathBuf], tokenizer: Option<&TextTokenizer>) -> Result<Inspection> {
-    let shards = resolve(paths)?.par_iter().map(|p| Shard::open(p)).collect::<Result<Vec<_>>>()?;
+    let shards = resolve(paths)?
+        .par_iter()
+        .map(|p| Shard::open(p))
+        .collect::<Result<Vec<_>>>()?;
     let mut headers: Vec<ShardHeader> = Vec::new();
     for shard in &shards {
         if !headers.contains(shard.header()) {
             headers.push(shard.header().clone());
         }
     }
-    let row_groups: Vec<(&Shard, usize)> =
-        shards.iter().flat_map(|s| (0..s.row_groups().len()).map(move |g| (s, g))).collect();
+    let row_groups: Vec<(&Shard, usize)> = shards
+        .iter()
+        .flat_map(|s| (0..s.row_groups().len()).map(move |g| (s, g)))
+        .collect();
     let counted = row_groups
         .par_iter()
         .map(|(shard, group)| {
             let mut counts = Counts::default();
-            shard.read_index(*group, false)?.lengths.iter().for_each(|&n| counts.add(n));
+            shard
+                .read_index(*group, false)?
+                .lengths
+                .iter()
+                .for_each(|&n| counts.add(n));
             Ok(counts)
         })
         .try_reduce(Counts::default, |a, b| Ok(a.merged(&b)))?;
     let sample = match (tokenizer, row_groups.first()) {
-        (Some(tokenizer), Some((shard, group))) => {
-            Some(decode_sample(shard, *group, tokenizer)?)
-        }
+        (Some(tokenizer), Some((shard, group))) => Some(decode_sample(shard, *group, tokenizer)?),
         _ => None,
     };
     let figures = |shard: &Shard| FileFigures {
@@ -170,7 +177,10 @@ impl fmt::Display for Inspection {
             )?;
         }
         if self.headers.len() > 1 {
-            writeln!(f, "these shards cannot be used together: their tokenizers differ")?;
+            writeln!(
+                f,
+                "these shards cannot be used together: their tokenizers differ"
+            )?;
         }
         writeln!(f, "document length in tokens (longest {}):", self.longest)?;
         for (class, &count) in self.documents_by_length.iter().enumerate() {

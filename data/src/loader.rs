@@ -67,10 +67,10 @@ impl Loader {
                     }
                 }
             })
-            .map_err(|source| Error::Io {
+            .map_err(|reason| Error::Io {
                 action: "start a thread for",
                 path: "data loading".into(),
-                source,
+                reason,
             })?;
         Ok(Self {
             batches: Some(batches),

@@ -5,12 +5,12 @@
 //! memory does not grow with the corpus, and the shards are the same whatever the number of
 //! threads.
 
+use crate::atomic;
 use crate::corpus::{Corpus, Document, ReadCounts};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::shard::{DocumentRow, ShardHeader, ShardSummary, ShardWriter};
 use crate::tokenizer::TextTokenizer;
-use crate::atomic;
 use rayon::prelude::*;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -69,7 +69,10 @@ pub fn tokenize(
         .num_threads(options.threads)
         .thread_name(|n| format!("tokenize-{n}"))
         .build()
-        .map_err(|e| Error::Option { option: "--threads", problem: e.to_string() })?;
+        .map_err(|e| Error::Option {
+            option: "--threads",
+            problem: e.to_string(),
+        })?;
 
     let (read_sender, read_receiver) = sync_channel::<Vec<Document>>(CHUNKS_WAITING);
     let (write_sender, write_receiver) = sync_channel::<Encoded>(CHUNKS_WAITING);
@@ -80,9 +83,8 @@ pub fn tokenize(
         let reader = scope.spawn(move || read_chunks(corpus, read_sender));
         let writer =
             scope.spawn(|| write_shards(&staging.folder, tokenizer, options, write_receiver));
-        let encoded = pool.install(|| {
-            encode_chunks(tokenizer, progress, read_receiver, write_sender)
-        });
+        let encoded =
+            pool.install(|| encode_chunks(tokenizer, progress, read_receiver, write_sender));
         let shards = writer.join().map_err(ended)?;
         let read = reader.join().map_err(ended)?;
         encoded?;
@@ -98,8 +100,15 @@ pub fn tokenize(
     }
     staging.finish(options)?;
     let renamed = |shard: ShardSummary| {
-        let name = shard.path.file_name().map(PathBuf::from).unwrap_or_default();
-        ShardSummary { path: options.out.join(name), ..shard }
+        let name = shard
+            .path
+            .file_name()
+            .map(PathBuf::from)
+            .unwrap_or_default();
+        ShardSummary {
+            path: options.out.join(name),
+            ..shard
+        }
     };
     Ok(TokenizeReport {
         tokens: shards.iter().map(|shard| shard.tokens).sum(),
@@ -212,7 +221,10 @@ impl Staging {
                 ),
             });
         }
-        let name = out.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        let name = out
+            .file_name()
+            .map(|n| n.to_string_lossy().into_owned())
+            .unwrap_or_default();
         if name.is_empty() {
             return Err(Error::Option {
                 option: "--out",
@@ -222,7 +234,10 @@ impl Staging {
         let folder = atomic::parent(out).join(format!(".{name}.partial"));
         remove(&folder)?;
         std::fs::create_dir_all(&folder).map_err(Error::io("create the folder", &folder))?;
-        Ok(Self { folder, finished: false })
+        Ok(Self {
+            folder,
+            finished: false,
+        })
     }
 
     /// Puts the folder in its place.

@@ -1,11 +1,11 @@
 //! Reading every byte of a dataset and holding it against what is written about it.
 
+use crate::atomic;
 use crate::error::{Error, Result};
 use crate::lock::Lock;
 use crate::open::resolve;
 use crate::progress::Progress;
 use crate::shard::Shard;
-use crate::atomic;
 use rayon::prelude::*;
 use std::path::{Path, PathBuf};
 
@@ -33,7 +33,10 @@ pub fn verify(paths: &[PathBuf], progress: &Progress) -> Result<Verification> {
     let mut found = Verification::default();
     let mut files = Vec::new();
     for path in paths {
-        if path.extension().is_some_and(|extension| extension == "lock") {
+        if path
+            .extension()
+            .is_some_and(|extension| extension == "lock")
+        {
             files.extend(files_of_lock(path, &mut found.problems)?);
         } else {
             files.extend(resolve(std::slice::from_ref(path))?);
@@ -51,8 +54,10 @@ pub fn verify(paths: &[PathBuf], progress: &Progress) -> Result<Verification> {
     found.files = files.len();
     found.documents = shards.iter().map(Shard::documents).sum();
     found.tokens = shards.iter().map(Shard::tokens).sum();
-    let row_groups: Vec<(&Shard, usize)> =
-        shards.iter().flat_map(|s| (0..s.row_groups().len()).map(move |g| (s, g))).collect();
+    let row_groups: Vec<(&Shard, usize)> = shards
+        .iter()
+        .flat_map(|s| (0..s.row_groups().len()).map(move |g| (s, g)))
+        .collect();
     let problems = row_groups.par_iter().flat_map_iter(|(shard, group)| {
         let problems = check(shard, *group);
         progress.add(shard.size_bytes() / shard.row_groups().len().max(1) as u64);
@@ -101,7 +106,15 @@ fn check(shard: &Shard, group: usize) -> Vec<String> {
             if let Some(row) = unended {
                 let problem = format!("the document does not end with the end-of-text id {eos}");
                 let path = shard.path().to_path_buf();
-                problems.push(Error::Row { path, row_group: group, row, problem }.to_string());
+                problems.push(
+                    Error::Row {
+                        path,
+                        row_group: group,
+                        row,
+                        problem,
+                    }
+                    .to_string(),
+                );
             }
         }
     }

@@ -49,7 +49,7 @@ pub struct CorpusArgs {
     /// JSONL field or Parquet column that holds a unique id [default: a hash of the text]
     #[arg(long)]
     id_field: Option<String>,
-    /// Take only text files with these extensions, separated by commas, such as rs,md,txt
+    /// Take only files with these extensions from folders, separated by commas, such as rs,md,txt
     #[arg(long, value_delimiter = ',', value_name = "EXT")]
     extensions: Vec<String>,
     /// Leave out text files larger than this
@@ -82,7 +82,11 @@ pub struct TrainTokenizerArgs {
     #[arg(long, default_value_t = 32768)]
     vocab_size: usize,
     /// Special token; may be repeated. The first one ends documents
-    #[arg(long = "special", value_name = "TOKEN", default_value = "<|endoftext|>")]
+    #[arg(
+        long = "special",
+        value_name = "TOKEN",
+        default_value = "<|endoftext|>"
+    )]
     special_tokens: Vec<String>,
     /// Learn from about this many bytes of text, drawn evenly from the whole corpus
     #[arg(long, value_name = "BYTES", default_value_t = 100_000_000)]
@@ -233,7 +237,13 @@ fn run_tokenize(args: &TokenizeArgs) -> Result<()> {
     let progress = Progress::new("tokenising", corpus.bytes());
     let report = tokenize(&corpus, &tokenizer, &options, &progress)?;
     progress.finish();
-    let ReadCounts { documents, text_bytes, repaired, binary, empty } = report.read;
+    let ReadCounts {
+        documents,
+        text_bytes,
+        repaired,
+        binary,
+        empty,
+    } = report.read;
     println!(
         "{}: {} shards, {documents} documents, {} tokens ({:.2} bytes per token) in {:.1} s: {:.1} \
          MB/s, {:.0} tokens/s",

@@ -73,7 +73,9 @@ impl Documents {
 
     /// Opens the next file; false after the last.
     fn open_next(&mut self) -> Result<bool> {
-        let Some(file) = self.corpus.files().get(self.next_file) else { return Ok(false) };
+        let Some(file) = self.corpus.files().get(self.next_file) else {
+            return Ok(false);
+        };
         self.next_file += 1;
         let options = &self.corpus.options;
         let texts = match file.format {
@@ -85,7 +87,11 @@ impl Documents {
                     self.counts.binary += 1;
                     return Ok(true);
                 }
-                Box::new(std::iter::once(Ok(Raw { id: None, place: None, text })))
+                Box::new(std::iter::once(Ok(Raw {
+                    id: None,
+                    place: None,
+                    text,
+                })))
             }
         };
         self.open = Some((file.clone(), texts));

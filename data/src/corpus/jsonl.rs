@@ -41,7 +41,9 @@ impl Lines {
         let mut value: Value = serde_json::from_str(&line)
             .map_err(|e| problem(format!("not a JSON object ({e}); every line must hold one")))?;
         let Some(object) = value.as_object_mut() else {
-            return Err(problem("not a JSON object; every line must hold one".to_string()));
+            return Err(problem(
+                "not a JSON object; every line must hold one".to_string(),
+            ));
         };
         let id = match &self.id_field {
             None => None,
@@ -63,7 +65,11 @@ impl Lines {
             )));
         };
         let text = std::mem::take(text).into_bytes();
-        Ok(Raw { id, place: Some(self.line.to_string()), text })
+        Ok(Raw {
+            id,
+            place: Some(self.line.to_string()),
+            text,
+        })
     }
 }
 

@@ -42,7 +42,8 @@ pub struct CorpusOptions {
     pub text_field: String,
     /// JSONL field or Parquet column that holds a unique id, if there is one.
     pub id_field: Option<String>,
-    /// Text files of a tree are taken only with one of these extensions; empty takes all.
+    /// Files of a tree are taken only with one of these extensions; empty takes every file that
+    /// `format` can be (all, for text).
     pub extensions: Vec<String>,
     /// Larger text files are left out.
     pub max_file_bytes: Option<u64>,

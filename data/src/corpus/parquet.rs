@@ -34,12 +34,22 @@ pub(super) fn read(path: &Path, options: &CorpusOptions) -> Result<RawTexts> {
     };
     let file = File::open(path).map_err(Error::io("open", path))?;
     let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(damaged)?;
-    let columns: Vec<&str> =
-        [Some(&options.text_field), options.id_field.as_ref()].into_iter().flatten().map(|c| &**c).collect();
+    let columns: Vec<&str> = [Some(&options.text_field), options.id_field.as_ref()]
+        .into_iter()
+        .flatten()
+        .map(|c| &**c)
+        .collect();
     for column in &columns {
-        let field = builder.schema().fields().iter().find(|field| field.name() == column);
+        let field = builder
+            .schema()
+            .fields()
+            .iter()
+            .find(|field| field.name() == column);
         let is_text = field.is_some_and(|field| {
-            matches!(field.data_type(), DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View)
+            matches!(
+                field.data_type(),
+                DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View
+            )
         });
         if !is_text {
             let names: Vec<String> = builder
@@ -59,8 +69,11 @@ pub(super) fn read(path: &Path, options: &CorpusOptions) -> Result<RawTexts> {
         }
     }
     let mask = ProjectionMask::columns(builder.parquet_schema(), columns);
-    let reader =
-        builder.with_projection(mask).with_batch_size(BATCH_ROWS).build().map_err(damaged)?;
+    let reader = builder
+        .with_projection(mask)
+        .with_batch_size(BATCH_ROWS)
+        .build()
+        .map_err(damaged)?;
     Ok(Box::new(Rows {
         path: path.to_path_buf(),
         reader,
@@ -87,8 +100,10 @@ impl Iterator for Rows {
 
     fn next(&mut self) -> Option<Self::Item> {
         loop {
-            let Some(batch) =
-                self.batch.as_ref().filter(|batch| self.row_in_batch < batch.num_rows())
+            let Some(batch) = self
+                .batch
+                .as_ref()
+                .filter(|batch| self.row_in_batch < batch.num_rows())
             else {
                 self.row_in_batch = 0;
                 match self.reader.next()? {
@@ -119,8 +134,11 @@ impl Iterator for Rows {
                 },
             };
             // A null text comes out empty, and is counted and left out like one.
-            let raw =
-                Raw { id, place: Some(self.row.to_string()), text: text.as_bytes().to_vec() };
+            let raw = Raw {
+                id,
+                place: Some(self.row.to_string()),
+                text: text.as_bytes().to_vec(),
+            };
             self.row_in_batch += 1;
             self.row += 1;
             return Some(Ok(raw));

@@ -66,7 +66,11 @@ impl Corpus {
                 left_out.too_large
             )));
         }
-        Ok(Corpus { options: options.clone(), files, left_out })
+        Ok(Corpus {
+            options: options.clone(),
+            files,
+            left_out,
+        })
     }
 
     /// The files in reading order.
@@ -94,21 +98,35 @@ fn scan_input(
     let metadata = std::fs::metadata(input).map_err(Error::io("read the input", input))?;
     // "." and ".." have no name of their own.
     let resolved = std::fs::canonicalize(input).map_err(Error::io("resolve", input))?;
-    let name = resolved.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    let name = resolved
+        .file_name()
+        .map(|n| n.to_string_lossy().into_owned())
+        .unwrap_or_default();
     if metadata.is_file() {
         let format = format_of(input, options.format);
-        let file =
-            CorpusFile { path: input.to_path_buf(), origin: name, bytes: metadata.len(), format };
+        let file = CorpusFile {
+            path: input.to_path_buf(),
+            origin: name,
+            bytes: metadata.len(),
+            format,
+        };
         return Ok(vec![file]);
     }
     let mut files = Vec::new();
     let visible = |entry: &walkdir::DirEntry| {
         entry.depth() == 0 || !entry.file_name().to_string_lossy().starts_with('.')
     };
-    for entry in walkdir::WalkDir::new(input).into_iter().filter_entry(visible) {
+    for entry in walkdir::WalkDir::new(input)
+        .into_iter()
+        .filter_entry(visible)
+    {
         let failed = |e: walkdir::Error| {
             let path = e.path().unwrap_or(input).to_path_buf();
-            Error::Io { action: "list", path, source: e.into() }
+            Error::Io {
+                action: "list",
+                path,
+                reason: e.into(),
+            }
         };
         let entry = entry.map_err(failed)?;
         if !entry.file_type().is_file() {
@@ -123,10 +141,17 @@ fn scan_input(
             left_out.too_large += 1;
         } else {
             let below = path.strip_prefix(input).unwrap_or(&path);
-            let parts: Vec<_> =
-                below.components().map(|c| c.as_os_str().to_string_lossy()).collect();
+            let parts: Vec<_> = below
+                .components()
+                .map(|c| c.as_os_str().to_string_lossy())
+                .collect();
             let origin = format!("{name}/{}", parts.join("/"));
-            files.push(CorpusFile { path, origin, bytes, format });
+            files.push(CorpusFile {
+                path,
+                origin,
+                bytes,
+                format,
+            });
         }
     }
     Ok(files)
@@ -143,19 +168,21 @@ fn format_of(path: &Path, format: Format) -> Format {
     }
 }
 
-/// In a tree read as JSONL or Parquet, other files are not data.
+/// Whether a file of a tree is wanted: by the extensions asked for, or else by what its format
+/// usually has.
 fn wanted_extension(path: &Path, format: Format, options: &CorpusOptions) -> bool {
     let extension = extension(path);
+    let named = |wanted: &String| wanted.trim_start_matches('.') == extension;
     match format {
+        _ if !options.extensions.is_empty() => options.extensions.iter().any(named),
         Format::Jsonl => matches!(extension.as_str(), "jsonl" | "ndjson" | "json"),
         Format::Parquet => extension == "parquet",
-        Format::Text | Format::Auto => {
-            let named = |wanted: &String| wanted.trim_start_matches('.') == extension;
-            options.extensions.is_empty() || options.extensions.iter().any(named)
-        }
+        Format::Text | Format::Auto => true,
     }
 }
 
 fn extension(path: &Path) -> String {
-    path.extension().map(|e| e.to_string_lossy().to_lowercase()).unwrap_or_default()
+    path.extension()
+        .map(|e| e.to_string_lossy().to_lowercase())
+        .unwrap_or_default()
 }

@@ -16,7 +16,9 @@ pub(super) fn limit(trees: &mut [Vec<CorpusFile>], share: f64) -> Result<()> {
     let whole = |trees: &[Vec<CorpusFile>]| trees.iter().map(|files| bytes(files)).sum::<u64>();
     loop {
         let allowed = (whole(trees) as f64 * share) as u64;
-        let Some(largest) = trees.iter().map(|files| bytes(files)).max() else { return Ok(()) };
+        let Some(largest) = trees.iter().map(|files| bytes(files)).max() else {
+            return Ok(());
+        };
         if largest <= allowed {
             return Ok(());
         }
@@ -50,14 +52,22 @@ fn cap(sizes: &[u64], share: f64) -> u64 {
     sorted.sort_unstable();
     // With the k largest trees capped: cap = share · (rest + k · cap).
     let mut rest: u64 = sorted.iter().sum();
-    for (capped, &size) in sorted.iter().rev().enumerate().map(|(n, size)| (n + 1, size)) {
+    for (capped, &size) in sorted
+        .iter()
+        .rev()
+        .enumerate()
+        .map(|(n, size)| (n + 1, size))
+    {
         rest -= size;
         let remaining = 1.0 - share * capped as f64;
         if remaining <= 0.0 {
             return 0;
         }
         let cap = (share * rest as f64 / remaining) as u64;
-        let next_larger = sorted.len().checked_sub(capped + 1).map_or(0, |i| sorted[i]);
+        let next_larger = sorted
+            .len()
+            .checked_sub(capped + 1)
+            .map_or(0, |i| sorted[i]);
         if cap >= next_larger {
             return cap;
         }
@@ -131,6 +141,11 @@ mod tests {
     #[test]
     fn too_few_trees_are_refused() {
         let mut trees = vec![tree(0, &[10]), tree(1, &[10])];
-        assert!(limit(&mut trees, 0.05).unwrap_err().to_string().contains("more inputs"));
+        assert!(
+            limit(&mut trees, 0.05)
+                .unwrap_err()
+                .to_string()
+                .contains("more inputs")
+        );
     }
 }

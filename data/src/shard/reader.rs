@@ -427,7 +427,7 @@ fn footer_checksum(file: &mut File, size_bytes: u64, path: &Path) -> Result<Stri
     let failed = |e| Error::Io {
         action: "read the footer of",
         path: path.to_path_buf(),
-        source: e,
+        reason: e,
     };
     let tail = read(file, size_bytes.saturating_sub(8), 8).map_err(failed)?;
     let length = tail

@@ -240,6 +240,6 @@ fn parquet_error(path: &Path, error: impl std::error::Error + Send + Sync + 'sta
     Error::Io {
         action: "write",
         path: path.to_path_buf(),
-        source: std::io::Error::other(error),
+        reason: std::io::Error::other(error),
     }
 }

@@ -10,8 +10,13 @@ use std::path::{Path, PathBuf};
 use tokenizers::Tokenizer;
 
 /// Names of end-of-text tokens to look for where no `tokenizer_config.json` names one.
-const USUAL_EOS: [&str; 5] =
-    ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>"];
+const USUAL_EOS: [&str; 5] = [
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<|end▁of▁sentence|>",
+];
 
 /// A tokenizer and what shards say about it.
 #[derive(Debug, Clone)]
@@ -34,28 +39,44 @@ impl TextTokenizer {
     /// # Errors
     /// A file that is no tokenizer, or an end-of-text token that it does not have.
     pub fn load(path: &Path, eos: Option<&str>) -> Result<Self> {
-        let path =
-            if path.is_dir() { path.join("tokenizer.json") } else { path.to_path_buf() };
-        let failed = |problem: String| Error::Tokenizer { path: path.clone(), problem };
+        let path = if path.is_dir() {
+            path.join("tokenizer.json")
+        } else {
+            path.to_path_buf()
+        };
+        let failed = |problem: String| Error::Tokenizer {
+            path: path.clone(),
+            problem,
+        };
         let bytes = std::fs::read(&path).map_err(Error::io("read the tokenizer", &path))?;
         let mut inner = Tokenizer::from_bytes(&bytes)
             .map_err(|e| failed(format!("not a tokenizer.json ({e})")))?;
         inner.set_encode_special_tokens(true);
         // Truncation and padding are for serving; training reads whole documents.
-        inner.with_truncation(None).map_err(|e| failed(e.to_string()))?;
+        inner
+            .with_truncation(None)
+            .map_err(|e| failed(e.to_string()))?;
         inner.with_padding(None);
         let vocabulary = inner.get_vocab(true);
         let vocab_size = vocabulary.values().max().map_or(0, |&id| id as usize + 1);
         let eos_id = match eos.map(str::to_string).or_else(|| configured_eos(&path)) {
             Some(name) => *vocabulary.get(&name).ok_or_else(|| {
-                failed(format!("the end-of-text token \"{name}\" is not in its vocabulary"))
+                failed(format!(
+                    "the end-of-text token \"{name}\" is not in its vocabulary"
+                ))
             })?,
             None => USUAL_EOS
                 .iter()
                 .find_map(|name| vocabulary.get(*name).copied())
                 .ok_or_else(|| failed("no end-of-text token found; name it with --eos".into()))?,
         };
-        Ok(Self { hash: mix::content_hash(&bytes), path, inner, vocab_size, eos_id })
+        Ok(Self {
+            hash: mix::content_hash(&bytes),
+            path,
+            inner,
+            vocab_size,
+            eos_id,
+        })
     }
 
     /// The tokenizer.json.
@@ -93,7 +114,10 @@ impl TextTokenizer {
     /// # Errors
     /// When the tokenizer's own pipeline fails on the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, false).map_err(|e| self.failed(e))?;
+        let encoding = self
+            .inner
+            .encode_fast(text, false)
+            .map_err(|e| self.failed(e))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -102,11 +126,16 @@ impl TextTokenizer {
     /// # Errors
     /// When the tokenizer's decoder fails.
     pub fn decode(&self, ids: &[u32], with_special: bool) -> Result<String> {
-        self.inner.decode(ids, !with_special).map_err(|e| self.failed(e))
+        self.inner
+            .decode(ids, !with_special)
+            .map_err(|e| self.failed(e))
     }
 
     fn failed(&self, error: tokenizers::Error) -> Error {
-        Error::Tokenizer { path: self.path.clone(), problem: error.to_string() }
+        Error::Tokenizer {
+            path: self.path.clone(),
+            problem: error.to_string(),
+        }
     }
 }
 
@@ -116,7 +145,11 @@ fn configured_eos(tokenizer: &Path) -> Option<String> {
     let text = std::fs::read_to_string(tokenizer.with_file_name("tokenizer_config.json")).ok()?;
     let config: serde_json::Value = serde_json::from_str(&text).ok()?;
     let eos = config.get("eos_token")?;
-    Some(eos.as_str().or_else(|| eos.get("content")?.as_str())?.to_string())
+    Some(
+        eos.as_str()
+            .or_else(|| eos.get("content")?.as_str())?
+            .to_string(),
+    )
 }
 
 #[cfg(test)]

@@ -19,7 +19,10 @@ use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-use tokenizers::{AddedToken, SplitDelimiterBehavior, Tokenizer, models::TrainerWrapper};
+use tokenizers::{
+    AddedToken, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer,
+    SplitDelimiterBehavior, Tokenizer, Trainer,
+};
 
 /// How text is split into words: contractions, a letter run with the one character before it,
 /// digits in groups of up to three, punctuation with the line ends after it, line ends with the
@@ -85,7 +88,7 @@ pub fn train(
     };
     let mut tokenizer = untrained().map_err(failed)?;
     let special = |token: &String| AddedToken::from(token.clone(), true).normalized(false);
-    let trainer = BpeTrainer::builder()
+    let mut trainer = BpeTrainer::builder()
         .vocab_size(options.vocab_size)
         .min_frequency(2)
         .special_tokens(options.special_tokens.iter().map(special).collect())
@@ -94,20 +97,35 @@ pub fn train(
         .show_progress(false)
         .build();
 
-    let mut trainer = TrainerWrapper::from(trainer);
+    // In two steps, so that a reading error is noticed before the merges are sought.
     let mut texts = SampledTexts::new(corpus, options.sample_bytes, progress);
-    tokenizer.train(&mut trainer, texts.by_ref()).map_err(failed)?;
+    trainer
+        .feed(texts.by_ref(), |text| words(&tokenizer, text))
+        .map_err(failed)?;
     if let Some(error) = texts.error.take() {
         return Err(error);
     }
     if texts.documents == 0 {
-        return Err(Error::EmptyCorpus("its files hold no text to learn from".to_string()));
+        return Err(Error::EmptyCorpus(
+            "its files hold no text to learn from".to_string(),
+        ));
     }
-    let (all_seconds, count_seconds) = (progress.seconds(), texts.ended_at);
+    let count_seconds = progress.seconds();
+    progress.phase("finding merges");
+    let mut model = BPE::default();
+    let special_tokens = trainer.train(&mut model).map_err(failed)?;
+    tokenizer.with_model(model);
+    tokenizer
+        .add_special_tokens(special_tokens)
+        .map_err(failed)?;
+    let merge_seconds = progress.seconds() - count_seconds;
 
     let text = tokenizer.to_string(true).map_err(failed)?;
     let path = folder.join("tokenizer.json");
-    atomic::write(&folder.join("tokenizer_config.json"), config(options).as_bytes())?;
+    atomic::write(
+        &folder.join("tokenizer_config.json"),
+        config(options).as_bytes(),
+    )?;
     atomic::write(&path, text.as_bytes())?;
     let trained = TextTokenizer::load(&path, Some(&options.special_tokens[0]))?;
     Ok(TrainReport {
@@ -115,7 +133,7 @@ pub fn train(
         documents: texts.documents,
         bytes: texts.bytes,
         count_seconds,
-        merge_seconds: all_seconds - count_seconds,
+        merge_seconds,
         bytes_per_token: bytes_per_token(corpus, &trained)?,
         path,
     })
@@ -166,6 +184,19 @@ fn untrained() -> tokenizers::Result<Tokenizer> {
     Ok(tokenizer)
 }
 
+/// The words of a text, spelled in the byte alphabet, as encoding will see them.
+fn words(tokenizer: &Tokenizer, text: &str) -> tokenizers::Result<Vec<String>> {
+    let mut split = PreTokenizedString::from(text);
+    if let Some(pre_tokenizer) = tokenizer.get_pre_tokenizer() {
+        pre_tokenizer.pre_tokenize(&mut split)?;
+    }
+    let words = split.get_splits(OffsetReferential::Original, OffsetType::Byte);
+    Ok(words
+        .into_iter()
+        .map(|(word, _, _)| word.to_string())
+        .collect())
+}
+
 /// What transformers reads beside the tokenizer.json.
 fn config(options: &TrainOptions) -> String {
     let end = &options.special_tokens[0];
@@ -202,7 +233,6 @@ struct SampledTexts<'a> {
     progress: &'a Progress,
     documents: u64,
     bytes: u64,
-    ended_at: f64,
     error: Option<Error>,
 }
 
@@ -214,7 +244,6 @@ impl<'a> SampledTexts<'a> {
             progress,
             documents: 0,
             bytes: 0,
-            ended_at: 0.0,
             error: None,
         }
     }
@@ -237,8 +266,6 @@ impl Iterator for SampledTexts<'_> {
                 }
                 last => {
                     self.error = last.and_then(std::result::Result::err);
-                    self.ended_at = self.progress.seconds();
-                    self.progress.phase("finding merges");
                     return None;
                 }
             }
