@@ -5,7 +5,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup build demo test check docs clean-demo
+.PHONY: help setup build demo clean-demo test check oracle docs
 
 CARGO_FLAGS := --release --locked
 have = $(shell command -v $(1) 2>/dev/null)
@@ -46,6 +46,9 @@ else
 	@echo 'check: cargo-deny is not installed: licences, bans and sources were not checked'
 endif
 	@launch/scripts/check-tree.sh
+
+oracle: build ## golden references made again by PyTorch and transformers (5 GB the first time)
+	folder=$$(tests/oracle/setup.sh) && "$$folder/venv/bin/python" tests/oracle/run_all.py
 
 docs: setup ## the book, docs/book (mdBook), and the API pages, target/doc
 	cargo doc $(CARGO_FLAGS) --workspace --no-deps

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The prose stays true to the tree: each relative link in the Markdown leads to a file, each page
-# of the book is in its table of contents, and each `make` target that a page names exists.
+# of the book is in its table of contents, each `make` target that a page names exists, and so does
+# each command.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 failures=0
@@ -19,6 +20,18 @@ for page in docs/src/*.md; do
     name=$(basename "$page")
     [ "$name" = SUMMARY.md ] || grep -qF "]($name)" docs/src/SUMMARY.md ||
         fail "$page is not in docs/src/SUMMARY.md"
+done
+
+# The page on the command line knows every command of the built binary.
+oxitron=${CARGO_TARGET_DIR:-target}/release/oxitron
+commands() { sed -n '/^Commands:/,/^$/s/^  \([a-z-]*\) .*/\1/p' | grep -vx help; }
+for command in $("$oxitron" --help | commands); do
+    grep -qE "^oxitron $command( |\$)" docs/src/cli.md ||
+        fail "docs/src/cli.md does not know 'oxitron $command'"
+done
+for command in $("$oxitron" data --help | commands); do
+    grep -qF "data $command" docs/src/cli.md ||
+        fail "docs/src/cli.md does not know 'oxitron data $command'"
 done
 
 [ $failures = 0 ] || exit 1
