@@ -33,6 +33,7 @@ else
 	cargo test $(CARGO_FLAGS) --workspace
 endif
 	tests/setup_test.sh
+	tests/demo_test.sh
 	tests/docs_test.sh
 
 check: setup ## formatting, lints, documentation links, licences

@@ -47,7 +47,7 @@ write_sample() {
 }
 
 # Small text files, and no crate with more than a twentieth of the whole.
-readonly corpus=(--input-list "$run/corpus.txt" --extensions rs,md,toml,c,h,txt
+readonly corpus=(--input-list "$run/corpus.txt" --format text --extensions rs,md,toml,c,h,txt
     --max-file-bytes 400000 --max-tree-share 0.05)
 
 mkdir -p "$run"
