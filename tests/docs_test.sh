@@ -26,12 +26,12 @@ done
 oxitron=${CARGO_TARGET_DIR:-target}/release/oxitron
 commands() { sed -n '/^Commands:/,/^$/s/^  \([a-z-]*\) .*/\1/p' | grep -vx help; }
 for command in $("$oxitron" --help | commands); do
-    grep -qE "^oxitron $command( |\$)" docs/src/cli.md ||
+    grep -qE "^oxitron $command( |$)" docs/src/cli.md ||
         fail "docs/src/cli.md does not know 'oxitron $command'"
-done
-for command in $("$oxitron" data --help | commands); do
-    grep -qF "data $command" docs/src/cli.md ||
-        fail "docs/src/cli.md does not know 'oxitron data $command'"
+    for action in $("$oxitron" "$command" --help | commands); do
+        grep -qE "^oxitron $command $action( |$)" docs/src/cli.md ||
+            fail "docs/src/cli.md does not know 'oxitron $command $action'"
+    done
 done
 
 [ $failures = 0 ] || exit 1
