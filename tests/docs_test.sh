@@ -24,6 +24,7 @@ done
 
 # The page on the command line knows every command of the built binary.
 oxitron=${CARGO_TARGET_DIR:-target}/release/oxitron
+[ -x "$oxitron" ] || fail "$oxitron is missing: run 'make build' first"
 commands() { sed -n '/^Commands:/,/^$/s/^  \([a-z-]*\) .*/\1/p' | grep -vx help; }
 for command in $("$oxitron" --help | commands); do
     grep -qE "^oxitron $command( |$)" docs/src/cli.md ||
