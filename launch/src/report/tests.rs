@@ -153,16 +153,18 @@ fn reported(run: &Path) -> Result<(String, String, String)> {
     ))
 }
 
-/// To look at the page in a browser, name a folder to keep the run in:
+/// To look at the page in a browser, name a new folder to keep the run in:
 /// `OXITRON_KEEP_RUN=/tmp/run cargo test --release -p oxitron report`.
 #[test]
 fn a_run_becomes_a_table_and_a_page() {
     let folder = tempfile::tempdir().unwrap();
     let kept = std::env::var_os("OXITRON_KEEP_RUN").map(PathBuf::from);
     let run = kept.unwrap_or_else(|| folder.path().join("tiny & <b>bold</b>"));
-    if run.exists() {
-        fs::remove_dir_all(&run).unwrap();
-    }
+    assert!(
+        !run.exists(),
+        "{}: name a folder that does not exist yet",
+        run.display()
+    );
     synthetic_run(&run);
     let (page, out, warnings) = reported(&run).unwrap();
     assert_eq!(warnings, "");
