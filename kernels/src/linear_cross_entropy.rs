@@ -227,8 +227,8 @@ fn one_row<T: Float>(
     row: &mut [T], vocab: usize, target: usize, weight: f32, write_gradient: bool,
 ) -> f32 {
     let (real, padding) = row.split_at_mut(vocab);
-    let largest = max(vocab, |c| real[c].to_f32());
-    let denominator = sum(vocab, |c| exp(real[c].to_f32() - largest));
+    let largest = max(real, T::to_f32);
+    let denominator = sum(real, |logit| exp(logit.to_f32() - largest));
     let loss = denominator.ln() + largest - real[target].to_f32();
     if write_gradient {
         let factor = weight / denominator;

@@ -8,7 +8,7 @@ use tch::{Kind, Tensor};
 
 use crate::error::torch;
 use crate::float::{Float, with_float};
-use crate::simd::{simd, sum};
+use crate::simd::{simd, sum, sum3};
 use crate::sys::operands::{Operands, sizes};
 use crate::sys::parallel::parallel_split;
 use crate::sys::split::{Grid, Rows};
@@ -58,7 +58,7 @@ fn forward_rows<R: Float, T: Float>(x: &[R], w: &[T], eps: f32, y: &mut [T], rst
     let h = w.len();
     for (r, rstd) in rstd.iter_mut().enumerate() {
         let (x, y) = (&x[r * h..][..h], &mut y[r * h..][..h]);
-        let mean = sum(h, |c| x[c].to_f32() * x[c].to_f32()) / h as f32;
+        let mean = sum(x, |x| x.to_f32() * x.to_f32()) / h as f32;
         *rstd = 1.0 / (mean + eps).sqrt();
         for c in 0..h {
             let normalised = T::from_f32(x[c].to_f32() * *rstd);
@@ -140,15 +140,15 @@ fn backward_rows<R: Float, T: Float>(
     for (r, &rstd) in rstd.iter().enumerate() {
         let (dy, x, dx) = (&dy[r * h..][..h], &x[r * h..][..h], &mut dx[r * h..][..h]);
         // With x̂ = x·rstd and g = dy·w: dx = rstd · (g − x̂ · mean(g·x̂)).
-        let dot = sum(h, |c| dy[c].to_f32() * w[c].to_f32() * x[c].to_f32());
+        let dot = sum3(dy, w, x, |dy, w, x| dy.to_f32() * w.to_f32() * x.to_f32());
         let mean = dot * rstd / h as f32;
         for c in 0..h {
             let g = dy[c].to_f32() * w[c].to_f32();
             let gradient = rstd * (g - x[c].to_f32() * rstd * mean);
             dx[c] = R::from_f32(dx[c].to_f32() + gradient);
         }
-        for (c, dw) in dw.iter_mut().enumerate() {
-            *dw += dy[c].to_f32() * (x[c].to_f32() * rstd);
+        for ((dw, dy), x) in dw.iter_mut().zip(dy).zip(x) {
+            *dw += dy.to_f32() * (x.to_f32() * rstd);
         }
     }
 }

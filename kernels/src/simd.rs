@@ -88,40 +88,62 @@ pub(crate) use simd;
 /// Lanes of a sum: one AVX-512 register of fp32. Part of the rounding, hence fixed.
 pub const LANES: usize = 16;
 
-/// `Σ f(i)` for `i` in `0..n` in fp32, in an order that does not depend on the instruction set:
-/// lane `i % 16` takes element `i`, then the lanes are added pairwise.
+/// `Σ f(x)` over a slice in fp32, in an order that does not depend on the instruction set: lane
+/// `i % 16` takes element `i`, then the lanes are added pairwise.
+///
+/// Chunks of fixed size, not indices: a bounds check in the loop would keep it scalar.
 #[inline(always)]
-pub fn sum(n: usize, f: impl Fn(usize) -> f32) -> f32 {
+pub fn sum<A: Copy>(x: &[A], f: impl Fn(A) -> f32) -> f32 {
     let mut lanes = [0f32; LANES];
-    let whole = n - n % LANES;
-    let mut base = 0;
-    while base < whole {
-        for (lane, total) in lanes.iter_mut().enumerate() {
-            *total += f(base + lane);
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    for chunk in chunks {
+        for lane in 0..LANES {
+            lanes[lane] += f(chunk[lane]);
         }
-        base += LANES;
     }
-    for (lane, total) in lanes.iter_mut().enumerate().take(n - whole) {
-        *total += f(whole + lane);
+    for (lane, &x) in rest.iter().enumerate() {
+        lanes[lane] += f(x);
     }
     fold(lanes, |a, b| a + b)
 }
 
-/// `max f(i)` for `i` in `0..n`, or negative infinity; a NaN is passed over.
+/// `Σ f(x, y, z)` over three slices, up to the end of the shortest, in the order of [`sum`].
 #[inline(always)]
-pub fn max(n: usize, f: impl Fn(usize) -> f32) -> f32 {
+pub fn sum3<A: Copy, B: Copy, C: Copy>(
+    x: &[A],
+    y: &[B],
+    z: &[C],
+    f: impl Fn(A, B, C) -> f32,
+) -> f32 {
+    let n = x.len().min(y.len()).min(z.len());
+    let mut lanes = [0f32; LANES];
+    let (xs, x_rest) = x[..n].as_chunks::<LANES>();
+    let (ys, y_rest) = y[..n].as_chunks::<LANES>();
+    let (zs, z_rest) = z[..n].as_chunks::<LANES>();
+    for ((x, y), z) in xs.iter().zip(ys).zip(zs) {
+        for lane in 0..LANES {
+            lanes[lane] += f(x[lane], y[lane], z[lane]);
+        }
+    }
+    for (lane, ((&x, &y), &z)) in x_rest.iter().zip(y_rest).zip(z_rest).enumerate() {
+        lanes[lane] += f(x, y, z);
+    }
+    fold(lanes, |a, b| a + b)
+}
+
+/// `max f(x)` over a slice, or negative infinity; a NaN is passed over.
+#[inline(always)]
+pub fn max<A: Copy>(x: &[A], f: impl Fn(A) -> f32) -> f32 {
     let greater = |a: f32, b: f32| if b > a { b } else { a };
     let mut lanes = [f32::NEG_INFINITY; LANES];
-    let whole = n - n % LANES;
-    let mut base = 0;
-    while base < whole {
-        for (lane, best) in lanes.iter_mut().enumerate() {
-            *best = greater(*best, f(base + lane));
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    for chunk in chunks {
+        for lane in 0..LANES {
+            lanes[lane] = greater(lanes[lane], f(chunk[lane]));
         }
-        base += LANES;
     }
-    for (lane, best) in lanes.iter_mut().enumerate().take(n - whole) {
-        *best = greater(*best, f(whole + lane));
+    for (lane, &x) in rest.iter().enumerate() {
+        lanes[lane] = greater(lanes[lane], f(x));
     }
     fold(lanes, greater)
 }
@@ -195,7 +217,7 @@ mod tests {
 
     simd! {
     fn total(x: &[f32]) -> f32 {
-        sum(x.len(), |i| exp(x[i]))
+        sum(x, exp)
     }
     }
 
@@ -203,12 +225,9 @@ mod tests {
     fn every_level_gives_the_same_bits() {
         let x: Vec<f32> = (0..1003).map(|i| (i as f32 * 0.37).sin() * 5.0).collect();
         // The portable level, since this function is compiled without features.
-        let portable = sum(x.len(), |i| exp(x[i]));
+        let portable = sum(&x, exp);
         assert_eq!(total(&x).to_bits(), portable.to_bits(), "{:?}", level());
-        assert_eq!(
-            max(x.len(), |i| x[i]),
-            x.iter().copied().fold(f32::MIN, f32::max)
-        );
-        assert_eq!(max(0, |_| 0.0), f32::NEG_INFINITY);
+        assert_eq!(max(&x, |x| x), x.iter().copied().fold(f32::MIN, f32::max));
+        assert_eq!(max(&[0f32; 0], |x| x), f32::NEG_INFINITY);
     }
 }
