@@ -122,14 +122,14 @@ fn split(sides: &Block, dimension: usize, from: usize, to: usize, boxes: &mut Ve
         );
         return;
     }
-    if from % slab != 0 {
+    if !from.is_multiple_of(slab) {
         split(&part(first, 1), dimension + 1, from % slab, slab, boxes);
         first += 1;
     }
     if first < last {
         boxes.push(part(first, last - first));
     }
-    if to % slab != 0 {
+    if !to.is_multiple_of(slab) {
         split(&part(last, 1), dimension + 1, 0, to % slab, boxes);
     }
 }

@@ -1,6 +1,6 @@
 //! A Hugging Face folder of the LLaMA layout, as a source of tensors.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -101,13 +101,9 @@ impl HfFolder {
     pub fn read_f32(&self, name: &str, range: Range<usize>, out: &mut [f32]) -> Result<(), Error> {
         let file = self.by_name.get(name).map(|index| &self.files[*index]);
         let count = self.shape(name).map_or(0, |shape| shape.iter().product());
-        match file {
-            Some(file) if range.start <= range.end && range.end <= count => {
-                if out.len() == range.len() {
-                    return file.read(name, range, out);
-                }
-            }
-            _ => {}
+        let fits = range.start <= range.end && range.end <= count && out.len() == range.len();
+        if let Some(file) = file.filter(|_| fits) {
+            return file.read(name, range, out);
         }
         let detail = format!(
             "elements {range:?} into a buffer of {} were asked for; it has {count} elements",
@@ -150,8 +146,7 @@ impl HfFolder {
         if sizes.tie_word_embeddings {
             check(HEAD, &[sizes.vocab_size, sizes.hidden_size], false);
         }
-        let known: std::collections::HashSet<&str> =
-            expected.iter().map(|(name, _)| name.as_str()).collect();
+        let known: HashSet<&str> = expected.iter().map(|(name, _)| name.as_str()).collect();
         let mut unexpected: Vec<&str> = self
             .tensor_names()
             .filter(|name| !known.contains(name) && !is_ignored(name))

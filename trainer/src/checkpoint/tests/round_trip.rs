@@ -6,6 +6,9 @@ use proptest::prelude::*;
 
 use super::*;
 
+/// A piece with its values: tensor, state, range, data.
+type Owned = (usize, StateKind, std::ops::Range<usize>, Vec<f32>);
+
 /// A model of up to 4 tensors, cut into pieces at any elements, dealt to up to 5 writers.
 #[derive(Clone, Debug)]
 struct Scenario {
@@ -42,7 +45,7 @@ proptest! {
         let counts: Vec<usize> =
             scenario.shapes.iter().map(|shape| shape.iter().product()).collect();
         let names: Vec<String> = (0..counts.len()).map(|tensor| format!("t{tensor}")).collect();
-        let mut pieces: Vec<Vec<(usize, StateKind, std::ops::Range<usize>, Vec<f32>)>> =
+        let mut pieces: Vec<Vec<Owned>> =
             vec![Vec::new(); scenario.writers];
         let mut dealt = 0;
         for (tensor, count) in counts.iter().enumerate() {

@@ -72,7 +72,7 @@ pub(super) fn legacy_config(tied: bool) -> Value {
 
 /// Random bits of every tensor: all exponents occur, no NaN does.
 pub(super) fn tensors(sizes: &LlamaSizes, dtype: FileDtype) -> Vec<Tensor> {
-    let mut state = 0x1234_5678_9ABC_DEFu64;
+    let mut state = 0x0123_4567_89AB_CDEFu64;
     let mut next = move || {
         state ^= state << 13;
         state ^= state >> 7;
