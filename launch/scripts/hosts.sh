@@ -13,7 +13,12 @@ hosts=$1 ranks=$2
 shift 2
 oxitron=$(realpath "${CARGO_TARGET_DIR:-target}/release/oxitron")
 
+# Each rank computes with its share of the cores of a machine, all machines being alike.
+slots=$(grep -v '^ *#' "$hosts" | grep -o 'slots=[0-9]*' | cut -d= -f2 | sort -n | tail -n 1 || true)
+[ -n "$slots" ] || { echo "$hosts: expected one line 'HOST slots=N' per machine" >&2; exit 2; }
+threads=$(($(nproc) / slots))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+
 # --bind-to none: Open MPI would tie each rank, with all its threads, to one core or socket.
-# --map-by node: neighbours by rank lie on different machines, and few ranks use all of them.
-exec mpirun --hostfile "$hosts" -n "$ranks" --bind-to none --map-by node --wdir "$PWD" \
+exec mpirun --hostfile "$hosts" -n "$ranks" --bind-to none --wdir "$PWD" -x OMP_NUM_THREADS \
     "$oxitron" train "$@"
