@@ -10,6 +10,7 @@ use crate::error::torch;
 const OP: &str = "workspace";
 
 /// Named scratch tensors of one rank. A name's buffer grows to the largest request and stays.
+#[derive(Debug)]
 pub struct Workspace {
     device: Device,
     buffers: HashMap<(&'static str, Kind), Tensor>,
