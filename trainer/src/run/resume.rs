@@ -87,7 +87,7 @@ impl<'a> Trainer<'a> {
             run_id,
             attempt,
             parent: None,
-            folder,
+            _folder: folder,
             metrics,
         };
         let filled = trainer.fill(&origin);

@@ -77,7 +77,7 @@ pub(super) struct Trainer<'a> {
     /// The checkpoint that this attempt goes on from, later the newest it has written.
     pub(super) parent: Option<String>,
     /// The leader holds the run directory and writes the figures.
-    pub(super) folder: Option<RunFolder>,
+    pub(super) _folder: Option<RunFolder>,
     pub(super) metrics: Option<MetricsWriter>,
 }
 

@@ -9,11 +9,9 @@ use super::counter_hash::{self, Scales};
 use crate::comm::{Comm, Wire};
 use crate::config::{Dtype, ModelConfig};
 use crate::model::{Activations, Batch, Decoder, Loss, Objective, describe};
-use crate::plan::Units;
 use crate::zero::{StateKind, Zero};
 
 pub struct Tiny {
-    pub units: Units,
     pub decoder: Decoder,
     pub zero: Zero,
     pub rope: RopeTable,
@@ -44,7 +42,7 @@ impl Tiny {
         })
         .unwrap();
         let rope = RopeTable::new(rope_base, config.head_dim, 4096).unwrap();
-        Self { units, decoder, zero, rope, recompute: false }
+        Self { decoder, zero, rope, recompute: false }
     }
 
     pub fn with_recompute(mut self) -> Self {
