@@ -12,14 +12,15 @@ use super::StateKind;
 #[non_exhaustive]
 pub enum Error {
     /// An operation on a file or folder failed.
-    #[error("cannot {action} {}: {source}{}", .path.display(), io_remedy(.source))]
+    #[error("cannot {action} {}: {cause}{}", .path.display(), io_remedy(.cause))]
     Io {
         /// What was tried, as an infinitive ("write", "rename to").
         action: &'static str,
         /// The file or folder.
         path: PathBuf,
-        /// What the system answered.
-        source: io::Error,
+        /// What the system answered. It is part of the message and therefore not a `source`, which
+        /// would be printed again.
+        cause: io::Error,
     },
     /// The folder holds no manifest.
     #[error("{} is not a checkpoint: {reason}", .dir.display())]
@@ -162,17 +163,17 @@ impl Error {
         path: impl Into<PathBuf>,
     ) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
-        move |source| Self::Io {
+        move |cause| Self::Io {
             action,
             path,
-            source,
+            cause,
         }
     }
 }
 
 /// What a user can do about the common causes.
-pub(crate) fn io_remedy(source: &io::Error) -> &'static str {
-    match source.kind() {
+fn io_remedy(cause: &io::Error) -> &'static str {
+    match cause.kind() {
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
             "; check the owner and permissions of the folder, or choose another one"
         }
@@ -180,7 +181,9 @@ pub(crate) fn io_remedy(source: &io::Error) -> &'static str {
             "; free space on this file system, or choose a folder on another one"
         }
         io::ErrorKind::NotFound => "; check the path",
-        io::ErrorKind::NotADirectory => "; a part of this path is a file",
+        io::ErrorKind::NotADirectory | io::ErrorKind::AlreadyExists => {
+            "; a part of this path is a file"
+        }
         _ => "",
     }
 }

@@ -75,8 +75,9 @@ pub fn missing_parts(dir: &Path, world: usize, save_id: &str) -> Vec<usize> {
 ///
 /// Waits until all `world` ranks have finished their part, copies the attachments, checks that the
 /// pieces are complete tensors, and writes the manifest. An older checkpoint in the same folder
-/// stays valid until that moment and is replaced by it. Afterwards whatever else lies in the folder
-/// (done files, leftovers of unfinished saves) is removed.
+/// stays valid until that moment and is replaced by it (if its attachments have the same content,
+/// as those of one run do: they are renamed into place a moment earlier). Afterwards whatever else
+/// lies in the folder (done files, leftovers of unfinished saves) is removed.
 ///
 /// # Errors
 /// [`Error::CommitTimeout`] if a part is missing after `timeout`; pieces that overlap, leave holes

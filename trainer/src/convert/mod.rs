@@ -11,7 +11,7 @@
 //! - A tied head is stored once. On import a redundant copy is accepted if it is equal.
 //!
 //! [`HfFolder`] streams tensors out of a folder, and is what `from-hf`, `init_from` and generation
-//! read through; [`HfWriter`] streams them into one. [`to_hf`] and [`from_hf`] put these together,
+//! read through; [`HfWriter`] streams them into one. [`to_hf()`] and [`from_hf()`] put these together,
 //! with memory for one slice of one tensor. Their output appears under its name only when it is
 //! complete.
 //!
