@@ -1,6 +1,7 @@
 //! Figures of shards, for people.
 
 use crate::error::Result;
+use crate::lock::Lock;
 use crate::open::resolve;
 use crate::shard::{Shard, ShardHeader};
 use crate::tokenizer::TextTokenizer;
@@ -16,6 +17,8 @@ const CLASSES: usize = 32;
 /// What [`inspect`] found.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Inspection {
+    /// What each `dataset.lock` among the paths says.
+    pub locks: Vec<String>,
     /// One line per shard.
     pub files: Vec<FileFigures>,
     /// Headers that occur, each once: more than one means shards of different tokenizers.
@@ -26,8 +29,7 @@ pub struct Inspection {
     pub tokens_by_length: Vec<u64>,
     /// Longest document in tokens.
     pub longest: u32,
-    /// Beginning of the first document as text, and the bytes and tokens that were compared for
-    /// it; with a tokenizer only.
+    /// Beginning of the first document as text, where a tokenizer was given.
     pub sample: Option<String>,
 }
 
@@ -48,7 +50,8 @@ pub struct FileFigures {
     pub checksum: String,
 }
 
-/// Reads footers and document lengths of the shards that `paths` name (files, folders, patterns).
+/// Reads footers and document lengths of the shards that `paths` name (files, folders, patterns, or
+/// a `dataset.lock` for its files).
 ///
 /// # Errors
 /// Paths that name nothing, files that are no shards, and a tokenizer that did not write them.
@@ -91,7 +94,12 @@ pub fn inspect(paths: &[PathBuf], tokenizer: Option<&TextTokenizer>) -> Result<I
         tokens: shard.tokens(),
         checksum: shard.checksum().to_string(),
     };
+    let locks = paths
+        .iter()
+        .filter(|path| path.extension().is_some_and(|e| e == "lock"));
+    let locks = locks.map(|path| Ok(Lock::load(path)?.describe(path)));
     Ok(Inspection {
+        locks: locks.collect::<Result<_>>()?,
         files: shards.iter().map(figures).collect(),
         headers,
         documents_by_length: counted.documents.to_vec(),
@@ -149,6 +157,7 @@ impl fmt::Display for Inspection {
         let documents: u64 = self.documents_by_length.iter().sum();
         let tokens: u64 = self.tokens_by_length.iter().sum();
         let bytes: u64 = self.files.iter().map(|file| file.size_bytes).sum();
+        self.locks.iter().try_for_each(|lock| f.write_str(lock))?;
         for file in &self.files {
             writeln!(
                 f,

@@ -82,7 +82,7 @@ impl Loader {
     ///
     /// # Errors
     /// What reading it met; nothing follows an error.
-    pub fn next(&mut self) -> Result<Option<(RankBatch, f64)>> {
+    pub fn next_batch(&mut self) -> Result<Option<(RankBatch, f64)>> {
         let asked = Instant::now();
         let Some(batches) = &self.batches else {
             return Ok(None);

@@ -158,6 +158,42 @@ impl Lock {
         mix::content_hash(text.as_bytes())
     }
 
+    /// Where the files lie.
+    pub fn paths(&self, lock_path: &Path) -> Vec<PathBuf> {
+        let folder = atomic::parent(lock_path);
+        let files = self.sources.iter().flat_map(|source| &source.files);
+        files.map(|file| folder.join(&file.path)).collect()
+    }
+
+    /// What the lock says, in words.
+    pub fn describe(&self, lock_path: &Path) -> String {
+        let mut text = format!(
+            "{}: fingerprint {}, {} generations of files, windows of at least {} tokens, {} of the \
+             documents kept for validation\n",
+            lock_path.display(),
+            self.fingerprint,
+            self.generations,
+            self.window_tokens,
+            self.validation_fraction
+        );
+        for source in &self.sources {
+            let sum = |column: fn(&LockFile) -> &Vec<u64>| -> u64 {
+                source.files.iter().flat_map(column).sum()
+            };
+            text.push_str(&format!(
+                "source \"{}\": {} files, {} documents, {} tokens; of these for validation {} \
+                 documents, {} tokens\n",
+                source.name,
+                source.files.len(),
+                sum(|file| &file.documents),
+                sum(|file| &file.tokens),
+                sum(|file| &file.validation_documents),
+                sum(|file| &file.validation_tokens)
+            ));
+        }
+        text
+    }
+
     /// Adds files as one new generation: per source name, its shards in order.
     pub fn admit(&mut self, lock_path: &Path, new: &[(String, Vec<&Shard>)]) -> Result<()> {
         let generation = self.generations;

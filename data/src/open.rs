@@ -83,10 +83,11 @@ pub(crate) fn admit(spec: &DatasetSpec) -> Result<Dataset> {
     open(spec, None)
 }
 
-/// Files, folders and patterns to the shards that they name, sorted, each once.
+/// Files, folders and patterns to the shards that they name, sorted, each once. A `dataset.lock`
+/// stands for its files.
 ///
 /// # Errors
-/// A malformed pattern, or one that names no file.
+/// A malformed pattern, a path that names no file, or an unreadable lock.
 pub fn resolve(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
     let mut files = BTreeSet::new();
     for path in paths {
@@ -100,28 +101,37 @@ pub fn resolve(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
             })?;
             pattern.filter_map(std::result::Result::ok).collect()
         };
-        let before = files.len();
+        let mut found = Vec::new();
         for path in named {
-            if !path.is_dir() {
-                files.insert(path);
-                continue;
-            }
-            let entries = std::fs::read_dir(&path).map_err(Error::io("list", &path))?;
-            for entry in entries {
-                let entry = entry.map_err(Error::io("list", &path))?.path();
-                if entry.extension().is_some_and(|e| e == "parquet") {
-                    files.insert(entry);
-                }
-            }
+            found.extend(expand(path)?);
         }
-        if files.len() == before {
+        if found.is_empty() {
             return Err(Error::EmptyCorpus(format!(
-                "\"{text}\" names no further Parquet shard; write shards with `oxitron data \
-                 tokenize` or correct the path"
+                "\"{text}\" names no Parquet shard; write shards with `oxitron data tokenize` or \
+                 correct the path"
             )));
         }
+        files.extend(found);
     }
     Ok(files.into_iter().collect())
+}
+
+/// A folder to the shards directly inside, a lock to its files, a file to itself.
+fn expand(path: PathBuf) -> Result<Vec<PathBuf>> {
+    let has_extension = |path: &Path, wanted: &str| path.extension().is_some_and(|e| e == wanted);
+    if path.is_dir() {
+        let entries = std::fs::read_dir(&path).map_err(Error::io("list", &path))?;
+        let files = entries.map(|entry| Ok(entry.map_err(Error::io("list", &path))?.path()));
+        let files = files.collect::<Result<Vec<_>>>()?;
+        return Ok(files
+            .into_iter()
+            .filter(|file| has_extension(file, "parquet"))
+            .collect());
+    }
+    if has_extension(&path, "lock") {
+        return Ok(Lock::load(&path)?.paths(&path));
+    }
+    Ok(vec![path])
 }
 
 fn find(spec: &DatasetSpec) -> Result<Vec<Found>> {

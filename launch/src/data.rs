@@ -125,7 +125,7 @@ pub struct TokenizeArgs {
 /// Options of `inspect`.
 #[derive(Debug, Args)]
 pub struct InspectArgs {
-    /// Shards, folders of shards, or glob patterns
+    /// Shards, folders of shards, glob patterns, or a dataset.lock
     #[arg(value_name = "PATH", required = true)]
     paths: Vec<PathBuf>,
     /// The tokenizer that wrote them; shows the beginning of the first document as text

@@ -176,7 +176,7 @@ fn damaged_files_never_yield_other_tokens() {
     let whole = std::fs::read(&path).unwrap();
     let broken = folder.path().join("broken.parquet");
     let (mut errors, mut same) = (0, 0);
-    for at in 0..whole.len() {
+    for at in (0..whole.len()).step_by(3) {
         let mut bytes = whole.clone();
         bytes[at] ^= 1 << (at % 8);
         std::fs::write(&broken, &bytes).unwrap();

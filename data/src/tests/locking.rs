@@ -227,4 +227,9 @@ fn verify_names_what_is_wrong_and_goes_on() {
     let figures = crate::inspect(&[made.path("a")], None).unwrap();
     assert_eq!(figures.documents_by_length.iter().sum::<u64>(), 140);
     assert!(figures.to_string().contains("140 documents"));
+    let figures = crate::inspect(&[made.path("dataset.lock")], None);
+    assert!(figures.is_ok_and(|f| {
+        f.to_string()
+            .contains("source \"b\": 1 files, 60 documents")
+    }));
 }

@@ -124,7 +124,7 @@ fn loaders_of_all_ranks_together_read_the_batch() {
         let index = direct.next_batch(7).unwrap();
         let assignment = assign(&index, 3, 2);
         for (rank, loader) in loaders.iter_mut().enumerate() {
-            let (batch, waited) = loader.next().unwrap().unwrap();
+            let (batch, waited) = loader.next_batch().unwrap().unwrap();
             assert!(waited >= 0.0);
             assert_eq!(batch.cursor, direct.cursor());
             assert_eq!(batch.target_tokens, index.target_tokens());
@@ -141,7 +141,7 @@ fn loaders_of_all_ranks_together_read_the_batch() {
     assert!(
         loaders
             .iter_mut()
-            .all(|loader| loader.next().unwrap().is_none())
+            .all(|loader| loader.next_batch().unwrap().is_none())
     );
 }
 
@@ -162,7 +162,10 @@ fn a_loader_passes_errors_on_and_ends_when_dropped() {
         ahead: 1,
     };
     let stream = dataset.stream(&dataset.start(), 32, &[1.0, 1.0]).unwrap();
-    let error = Loader::start(stream, options).unwrap().next().unwrap_err();
+    let error = Loader::start(stream, options)
+        .unwrap()
+        .next_batch()
+        .unwrap_err();
     assert!(
         matches!(
             error,

@@ -10,13 +10,7 @@ use std::path::{Path, PathBuf};
 use tokenizers::Tokenizer;
 
 /// Names of end-of-text tokens to look for where no `tokenizer_config.json` names one.
-const USUAL_EOS: [&str; 5] = [
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "</s>",
-    "<eos>",
-    "<|end▁of▁sentence|>",
-];
+const USUAL_EOS: [&str; 4] = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>"];
 
 /// A tokenizer and what shards say about it.
 #[derive(Debug, Clone)]
