@@ -99,7 +99,7 @@ mod measure {
         for operation in 0..3 {
             let mut times = Vec::new();
             for _ in 0..REPEATS {
-                lane.all_reduce(Tensor::from_slice(&[0f32])).wait().unwrap();
+                let _ = lane.all_reduce(Tensor::from_slice(&[0f32])).wait().unwrap();
                 let begun = Instant::now();
                 let ticket = match operation {
                     0 => lane.reduce_scatter(buffer, Wire::F32),
