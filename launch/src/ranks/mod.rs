@@ -27,6 +27,7 @@
 mod hosts;
 mod mpirun;
 mod supervisor;
+mod tags;
 #[cfg(test)]
 mod tests;
 mod verdict;

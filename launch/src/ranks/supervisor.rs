@@ -13,6 +13,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use super::mpirun::Job;
+use super::tags::Untagger;
 use super::verdict::{How, first_death};
 
 /// How often the child, the signals and the view get a look when nothing is said.
@@ -177,34 +178,16 @@ impl Drop for Family {
 
 fn read_lines(output: impl Read, error: bool, lines: &Sender<Line>) {
     let mut output = BufReader::new(output);
-    let mut bytes = Vec::new();
+    let (mut bytes, mut untagger) = (Vec::new(), Untagger::default());
     // Ranks may write anything; bytes that are no text must not end the reading.
     while matches!(output.read_until(b'\n', &mut bytes), Ok(1..)) {
         let text = String::from_utf8_lossy(&bytes);
-        let (rank, text) = untag(text.trim_end_matches(['\r', '\n']));
-        if lines
-            .send(Line {
-                rank,
-                error,
-                text: text.to_owned(),
-            })
-            .is_err()
-        {
+        let (rank, text) = untagger.line(text.trim_end_matches(['\r', '\n']));
+        if lines.send(Line { rank, error, text }).is_err() {
             return;
         }
         bytes.clear();
     }
-}
-
-/// Splits `[job,rank]<stdout>:text`, as `mpirun --tag-output` marks the lines of ranks.
-fn untag(line: &str) -> (Option<usize>, &str) {
-    let tagged = || {
-        let (tag, rest) = line.strip_prefix('[')?.split_once("]<std")?;
-        let (_, rank) = tag.split_once(',')?;
-        let (_, text) = rest.split_once('>')?;
-        Some((rank.parse().ok()?, text.strip_prefix(':').unwrap_or(text)))
-    };
-    tagged().map_or((None, line), |(rank, text)| (Some(rank), text))
 }
 
 /// What the family has said so far.
