@@ -234,7 +234,10 @@ fn explain(failure: &Failure, run_dir: &Path, begun: SystemTime) -> String {
             &failure.words,
         );
     } else {
-        section("the last lines of mpirun:".to_owned(), &failure.words);
+        section(
+            "the last lines of mpirun and of the ranks:".to_owned(),
+            &failure.words,
+        );
         let logs = run_dir.join(log_file(0)).with_file_name("");
         section(
             "the logs of all ranks lie in".to_owned(),

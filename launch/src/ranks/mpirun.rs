@@ -59,8 +59,15 @@ impl Job {
     /// Ctrl-C reaches the launcher only, with both outputs piped.
     ///
     /// # Errors
-    /// `mpirun` or `setpriv` is not installed; the message says how to install it.
+    /// `mpirun` or `setpriv` is not installed (the message says how to install it), or the program
+    /// is not there.
     pub fn command(&self) -> Result<Command> {
+        if !self.program.is_file() {
+            bail!(
+                "cannot start ranks: {} is not a file",
+                self.program.display()
+            );
+        }
         let mpirun = find("mpirun", "openmpi-bin")?;
         let setpriv = find("setpriv", "util-linux")?;
         let die_with_parent = [
@@ -153,7 +160,7 @@ mod tests {
     #[test]
     fn the_program_and_its_arguments_come_last() {
         let job = Job {
-            program: "/opt/oxitron".into(),
+            program: "/bin/sh".into(),
             arguments: vec!["train".into(), "a config.toml".into()],
             ranks: 7,
             hosts: None,
@@ -165,7 +172,7 @@ mod tests {
             .map(|word| word.to_str().unwrap())
             .collect();
         assert!(
-            words.ends_with(&["KILL", "/opt/oxitron", "train", "a config.toml"]),
+            words.ends_with(&["KILL", "/bin/sh", "train", "a config.toml"]),
             "{words:?}"
         );
         assert!(

@@ -72,7 +72,8 @@ pub struct Failure {
     pub rank: Option<usize>,
     /// How it died.
     pub how: How,
-    /// The last lines that the rank, or where none is named `mpirun`, wrote to standard error.
+    /// The last lines that the rank wrote to standard error; where none is named, those of
+    /// `mpirun` and of every rank.
     pub words: Vec<String>,
 }
 
@@ -229,6 +230,17 @@ impl Heard {
             .find_map(|(rank, lines)| rank.filter(|_| said(lines)))
     }
 
+    /// The last lines of mpirun and of all ranks, each with its rank.
+    fn everything(self) -> Vec<String> {
+        let name =
+            |rank: Option<usize>| rank.map_or(String::new(), |rank| format!("rank {rank}: "));
+        let lines = self.last.into_iter().flat_map(|(rank, lines)| {
+            let name = name(rank);
+            lines.into_iter().map(move |line| format!("{name}{line}"))
+        });
+        lines.collect()
+    }
+
     fn ending(mut self, status: ExitStatus, requests: usize) -> Ending {
         if status.success() {
             return Ending::Done;
@@ -243,7 +255,10 @@ impl Heard {
             Some((rank, how)) => (Some(rank), how),
             None => (self.aborted(), own_end(status)),
         };
-        let words = self.last.remove(&rank).unwrap_or_default().into();
+        let words = match rank {
+            Some(_) => self.last.remove(&rank).unwrap_or_default().into(),
+            None => self.everything(),
+        };
         Ending::Failed(Failure { rank, how, words })
     }
 }

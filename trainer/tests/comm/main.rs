@@ -64,8 +64,9 @@ fn on_threads(world: usize) {
     suite::each_rank(Comm::threads(world).unwrap(), suite::run);
 }
 
+/// This program under `mpirun`, as ranks that run the suite or, with `part = "abort"`, fail.
 #[cfg(feature = "mpi")]
-fn on_mpi(world: usize) {
+fn mpirun(world: usize, part: &str) -> Command {
     let program = std::env::current_exe().unwrap();
     let mut mpirun = Command::new("mpirun");
     mpirun.args([
@@ -77,16 +78,40 @@ fn on_mpi(world: usize) {
     ]);
     mpirun
         .arg(program)
-        .env(RANK_MARK, "1")
+        .env(RANK_MARK, part)
         .env("OMP_NUM_THREADS", "1")
         .stdin(Stdio::null());
     for name in ["OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] {
         mpirun.env(name, "1");
     }
-    let status = mpirun
-        .status()
-        .expect("mpirun must be installed: apt install openmpi-bin");
+    mpirun
+}
+
+#[cfg(feature = "mpi")]
+fn on_mpi(world: usize) {
+    let status = mpirun(world, "suite").status();
+    let status = status.expect("mpirun must be installed: apt install openmpi-bin");
     assert!(status.success(), "mpirun -n {world} ended with {status}");
+}
+
+/// One rank aborts while the others wait for it: all end soon, and its reason is there to read.
+#[cfg(feature = "mpi")]
+fn an_abort_ends_all_processes() {
+    let begun = Instant::now();
+    let output = mpirun(3, "abort")
+        .output()
+        .expect("mpirun must be installed");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success(), "{said}");
+    assert!(
+        begun.elapsed() < Duration::from_secs(10),
+        "took {:?}",
+        begun.elapsed()
+    );
+    assert!(
+        said.contains("rank 1 ends the run: the disk is full"),
+        "{said}"
+    );
 }
 
 /// Ends the process unless what is returned is dropped in time.
@@ -103,9 +128,14 @@ fn watch() -> mpsc::Sender<()> {
 
 fn main() -> ExitCode {
     #[cfg(feature = "mpi")]
-    if std::env::var_os(RANK_MARK).is_some() {
+    if let Ok(part) = std::env::var(RANK_MARK) {
         let _watched = watch();
-        suite::run(Comm::mpi().unwrap());
+        let comm = Comm::mpi().unwrap();
+        if part == "abort" {
+            suite::one_rank_aborts(comm)
+        } else {
+            suite::run(comm)
+        }
         return ExitCode::SUCCESS;
     }
     let arguments: Vec<String> = std::env::args().skip(1).collect();

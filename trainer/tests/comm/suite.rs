@@ -382,3 +382,16 @@ pub fn other_lengths_fail() {
     });
     assert!(EXPLAINED.load(Ordering::Relaxed) > 0);
 }
+
+/// Rank 1 aborts while the others wait for it; between processes nobody returns from this.
+#[cfg(feature = "mpi")]
+pub fn one_rank_aborts(comm: Comm) {
+    let everybody: Vec<usize> = (0..comm.world()).collect();
+    let lane = comm.lane(&everybody).unwrap();
+    if comm.rank() == 1 {
+        std::thread::sleep(Duration::from_millis(500));
+        comm.abort("the disk is full");
+    }
+    let _ = lane.all_reduce(input(1, 0, 9)).wait();
+    panic!("rank {} outlived the abort", comm.rank());
+}
