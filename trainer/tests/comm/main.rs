@@ -57,6 +57,11 @@ fn cases() -> Vec<Case> {
             on_mpi(world)
         }));
     }
+    #[cfg(feature = "mpi")]
+    cases.push(case(
+        "mpi::an_abort_ends_all_processes",
+        an_abort_ends_all_processes,
+    ));
     cases
 }
 
