@@ -205,7 +205,7 @@ fn verify_names_what_is_wrong_and_goes_on() {
     made.open(1);
     let lock = made.path("dataset.lock");
     let progress = crate::Progress::silent();
-    let right = crate::verify(&[lock.clone()], &progress).unwrap();
+    let right = crate::verify(std::slice::from_ref(&lock), &progress).unwrap();
     assert_eq!(
         (right.files, right.documents, right.problems.len()),
         (3, 210, 0)

@@ -153,7 +153,7 @@ fn tokenising_gives_the_same_shards_on_any_number_of_threads() {
         ..options
     };
     tokenize(&corpus, &tokenizer, &again, &Progress::silent()).unwrap();
-    let shown = crate::inspect(&[again.out.clone()], Some(&tokenizer)).unwrap();
+    let shown = crate::inspect(std::slice::from_ref(&again.out), Some(&tokenizer)).unwrap();
     assert!(shown.to_string().contains("fn item_0(x: usize)"), "{shown}");
 }
 
