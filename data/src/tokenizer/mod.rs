@@ -7,13 +7,10 @@ pub use train::{TrainOptions, TrainReport, train};
 use crate::error::{Error, Result};
 use crate::mix;
 use std::path::{Path, PathBuf};
-use tokenizers::{ModelWrapper, Tokenizer};
+use tokenizers::Tokenizer;
 
 /// Names of end-of-text tokens to look for where no `tokenizer_config.json` names one.
 const USUAL_EOS: [&str; 4] = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>"];
-
-/// Words whose ids are remembered per thread: some 100 MB at most, when all are long.
-const CACHED_WORDS: usize = 1 << 19;
 
 /// A tokenizer and what shards say about it.
 #[derive(Debug, Clone)]
@@ -54,13 +51,6 @@ impl TextTokenizer {
             .with_truncation(None)
             .map_err(|e| failed(e.to_string()))?;
         inner.with_padding(None);
-        // Words seen are kept per thread until the cache is full, and never replaced; the default
-        // is full within the first megabytes of a corpus.
-        if let ModelWrapper::BPE(model) = inner.get_model() {
-            let mut model = model.clone();
-            model.resize_cache(CACHED_WORDS);
-            inner.with_model(model);
-        }
         let vocabulary = inner.get_vocab(true);
         let vocab_size = vocabulary.values().max().map_or(0, |&id| id as usize + 1);
         let eos_id = match eos.map(str::to_string).or_else(|| configured_eos(&path)) {
