@@ -69,7 +69,7 @@ impl Feed {
 
     /// The next step.
     pub(super) fn next(&mut self, device: Device) -> Result<StepData, RunError> {
-        let Some((batch, wait)) = self.loader.next()? else {
+        let Some((batch, wait)) = self.loader.next_batch()? else {
             return Err(RunError::Plan("the stage asked for more steps than it has".to_owned()));
         };
         let micro_batches = batch.micro_batches.iter();
