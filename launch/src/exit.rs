@@ -13,10 +13,16 @@ pub const STOPPED: u8 = 75;
 /// The exit code that tells what kind of error ended a command.
 pub fn code_of(error: &anyhow::Error) -> ExitCode {
     let usage = error.downcast_ref::<ConfigError>().is_some()
-        || error.downcast_ref::<RunError>().is_some_and(RunError::is_usage)
+        || error
+            .downcast_ref::<RunError>()
+            .is_some_and(RunError::is_usage)
         || matches!(
             error.downcast_ref::<oxitron_data::Error>(),
             Some(oxitron_data::Error::Option { .. })
         );
-    if usage { ExitCode::from(USAGE) } else { ExitCode::FAILURE }
+    if usage {
+        ExitCode::from(USAGE)
+    } else {
+        ExitCode::FAILURE
+    }
 }

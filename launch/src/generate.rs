@@ -36,8 +36,11 @@ pub struct GenerateArgs {
 pub fn run(args: &GenerateArgs) -> Result<()> {
     // fp32 gives the model's own answer on every processor.
     let mut generator = Generator::open(&args.model, Dtype::Fp32)?;
-    let sampling =
-        Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed };
+    let sampling = Sampling {
+        temperature: args.temperature,
+        top_p: args.top_p,
+        seed: args.seed,
+    };
     let mut out = std::io::stdout().lock();
     write!(out, "{}", args.prompt)?;
     let mut written = Ok(());

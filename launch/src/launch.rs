@@ -16,12 +16,8 @@ use oxitron_trainer::config::Config;
 use oxitron_trainer::metrics::StepFollower;
 use oxitron_trainer::metrics::logging::log_file;
 
+use crate::exit::{STOPPED, USAGE};
 use crate::ranks::{Ending, Failure, Hosts, How, Job, Line, View, supervise};
-
-/// Exit code for a command line or config that is refused.
-const REFUSED: u8 = 2;
-/// Exit code for a stop on request after a complete save.
-const STOPPED: u8 = 75;
 
 /// Lines of a rank's log that a failure report shows, and the bytes at its end they are taken from.
 const REPORTED_LINES: usize = 15;
@@ -46,6 +42,10 @@ pub struct LaunchArgs {
     /// Override a config value, for instance `--set stage.0.steps=10`; may be repeated
     #[arg(long = "set", value_name = "KEY=VALUE")]
     sets: Vec<String>,
+
+    /// Go on although the configuration differs from the run's in what changes the result
+    #[arg(long)]
+    allow_config_change: bool,
 }
 
 /// Runs the command to its exit code.
@@ -57,8 +57,8 @@ pub fn run(args: &LaunchArgs) -> Result<ExitCode> {
     let (job, config) = match prepare(args) {
         Ok(prepared) => prepared,
         Err(error) => {
-            eprintln!("error: {error:#}");
-            return Ok(ExitCode::from(REFUSED));
+            eprintln!("oxitron: {error:#}");
+            return Ok(ExitCode::from(USAGE));
         }
     };
     let begun = SystemTime::now();
@@ -78,7 +78,7 @@ pub fn run(args: &LaunchArgs) -> Result<ExitCode> {
         Ending::Failed(failure) => {
             eprintln!("{}", explain(&failure, &config.run.dir, begun));
             match failure.how {
-                How::Exit(code) if code == i32::from(REFUSED) => ExitCode::from(REFUSED),
+                How::Exit(code) if code == i32::from(USAGE) => ExitCode::from(USAGE),
                 _ => ExitCode::FAILURE,
             }
         }
@@ -104,6 +104,9 @@ fn prepare(args: &LaunchArgs) -> Result<(Job, Config)> {
     let mut arguments = vec!["train".into(), path.into_os_string()];
     for set in &args.sets {
         arguments.extend(["--set".into(), set.into()]);
+    }
+    if args.allow_config_change {
+        arguments.push("--allow-config-change".into());
     }
     let threads = config.run.threads;
     Ok((

@@ -1,0 +1,308 @@
+//! Runs of the built binary: killed and resumed, stopped, on one process and on several.
+
+#![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used)]
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use support::{Fixture, TWO_STAGES, run, start, train};
+
+/// Steps of [`LONG`]: enough that a signal meets a run at work.
+const STEPS: u64 = 60;
+const LONG: [&str; 8] = [
+    "--set",
+    "stage.0.steps=30",
+    "--set",
+    "stage.1.steps=30",
+    "--set",
+    "stage.0.batch_tokens=512",
+    "--set",
+    "stage.1.batch_tokens=512",
+];
+const SAVE_OFTEN: &str = "[checkpoint]\nevery_steps = 4\nkeep = 2\n";
+
+/// The figures of a run by step; of a step that was repeated the last, which is what counts.
+fn figures(run_dir: &Path) -> BTreeMap<u64, Value> {
+    let text = fs::read_to_string(run_dir.join("metrics.jsonl")).unwrap();
+    let records = text
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    records
+        .map(|record| (record["step"].as_u64().unwrap(), record))
+        .collect()
+}
+
+fn losses(run_dir: &Path) -> Vec<f64> {
+    figures(run_dir)
+        .values()
+        .map(|record| record["loss"].as_f64().unwrap())
+        .collect()
+}
+
+/// The events of one kind.
+fn events(run_dir: &Path, kind: &str) -> Vec<Value> {
+    let text = fs::read_to_string(run_dir.join("events.jsonl")).unwrap();
+    let records = text
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap());
+    records.filter(|record| record["event"] == kind).collect()
+}
+
+/// The last weights of a run, to the bit.
+fn weights(fixture: &Fixture, run_dir: &str) -> Vec<u8> {
+    let out = fixture.text(&format!("{run_dir}-hf"));
+    let _ = fs::remove_dir_all(&out);
+    run(&[
+        "convert",
+        "to-hf",
+        &fixture.text(run_dir),
+        &out,
+        "--dtype",
+        "fp32",
+    ])
+    .done();
+    fs::read(Path::new(&out).join("model.safetensors")).unwrap()
+}
+
+/// Waits until the run has taken `step` steps.
+fn wait_for_step(run_dir: &Path, step: usize) {
+    let began = Instant::now();
+    let steps = || fs::read_to_string(run_dir.join("metrics.jsonl")).unwrap_or_default();
+    while steps().lines().count() < step {
+        assert!(
+            began.elapsed() < Duration::from_secs(60),
+            "step {step} was not reached"
+        );
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn arguments<'a>(command: &[&'a str], dir: &'a str) -> Vec<&'a str> {
+    [command, &LONG, &["--set", dir]].concat()
+}
+
+fn signal(pid: u32, signal: Signal) {
+    kill_process(Pid::from_raw(pid as i32).unwrap(), signal).unwrap();
+}
+
+#[track_caller]
+fn assert_same_bits(fixture: &Fixture, disturbed: &str) {
+    let (a, b) = (
+        figures(&fixture.path("calm")),
+        figures(&fixture.path(disturbed)),
+    );
+    assert_eq!(a.len() as u64, STEPS);
+    for (step, record) in &a {
+        for key in [
+            "loss",
+            "grad_norm",
+            "lr",
+            "tokens",
+            "target_tokens",
+            "stage",
+        ] {
+            assert_eq!(record[key], b[step][key], "{key} of step {step}");
+        }
+    }
+    assert!(
+        weights(fixture, "calm") == weights(fixture, disturbed),
+        "other weights"
+    );
+}
+
+/// SIGKILL in the middle of a run and SIGTERM both leave a run that goes on bit for bit.
+#[test]
+fn a_run_that_was_killed_or_stopped_ends_as_if_nothing_had_happened() {
+    let fixture = Fixture::new();
+    let config = fixture.config(&format!("{SAVE_OFTEN}{TWO_STAGES}"));
+    let command = ["train", config.to_str().unwrap()];
+    run(&arguments(&command, "run.dir=calm")).done();
+
+    let mut running = start(&arguments(&command, "run.dir=killed"));
+    wait_for_step(&fixture.path("killed"), 13);
+    running.child.kill().unwrap();
+    assert_eq!(
+        running.wait().code,
+        None,
+        "the run ended before it was killed"
+    );
+    run(&arguments(&command, "run.dir=killed")).done();
+    assert_same_bits(&fixture, "killed");
+    assert_eq!(events(&fixture.path("killed"), "resume").len(), 1);
+
+    let running = start(&arguments(&command, "run.dir=stopped"));
+    wait_for_step(&fixture.path("stopped"), 31);
+    signal(running.child.id(), Signal::TERM);
+    assert_eq!(running.wait().code, Some(75));
+    run(&arguments(&command, "run.dir=stopped")).done();
+    assert_same_bits(&fixture, "stopped");
+
+    // Once more: everything is done already.
+    let before = fs::read(fixture.path("calm/metrics.jsonl")).unwrap();
+    run(&arguments(&command, "run.dir=calm")).done();
+    assert_eq!(
+        before,
+        fs::read(fixture.path("calm/metrics.jsonl")).unwrap()
+    );
+}
+
+#[test]
+fn stages_switch_by_themselves_with_a_checkpoint_and_validation() {
+    let fixture = Fixture::new();
+    let validation = "[validation]\nfraction = 0.1\nevery_steps = 3\nbatches = 2\n";
+    let config = fixture.config(&format!("{SAVE_OFTEN}{validation}{TWO_STAGES}"));
+    train(&config, &[]).done();
+    let run_dir = fixture.run_dir();
+    let switches = events(&run_dir, "stage_switch");
+    assert_eq!(switches.len(), 2);
+    assert_eq!(switches[1]["from"], "short");
+    assert_eq!(switches[1]["to"], "long");
+    assert_eq!(switches[1]["seq_len"], 128);
+    assert_eq!(switches[1]["rope_base"], 40_000.0);
+    let validated: Vec<u64> = events(&run_dir, "validation")
+        .iter()
+        .map(|event| event["step"].as_u64().unwrap())
+        .collect();
+    assert_eq!(validated, [3, 4, 6, 8]);
+    let saved: Vec<u64> = events(&run_dir, "save_durable")
+        .iter()
+        .map(|event| event["step"].as_u64().unwrap())
+        .collect();
+    assert_eq!(saved, [4, 8]);
+    let kept = fs::read_dir(run_dir.join("checkpoints")).unwrap().count();
+    assert_eq!(kept, 2);
+}
+
+/// One, two and four processes, and a run that changes from one to two on its way.
+#[test]
+fn ranks_as_processes_train_the_same_model() {
+    let fixture = Fixture::new();
+    let config = fixture.config(&format!("{SAVE_OFTEN}{TWO_STAGES}"));
+    let alone = ["train", config.to_str().unwrap()];
+    run(&arguments(&alone, "run.dir=calm")).done();
+    let expected = losses(&fixture.path("calm"));
+    let assert_close = |dir: &str| {
+        let found = losses(&fixture.path(dir));
+        assert_eq!(found.len(), expected.len());
+        for (step, (a, b)) in expected.iter().zip(&found).enumerate() {
+            let error = (b / a - 1.0).abs();
+            assert!(
+                error <= 1e-5,
+                "{dir}: loss of step {step} differs by {error:e}"
+            );
+        }
+    };
+    for ranks in ["2", "4"] {
+        let launch = ["launch", config.to_str().unwrap(), "--ranks", ranks];
+        let dir = format!("run.dir=ranks-{ranks}");
+        run(&arguments(&launch, &dir)).done();
+        assert_close(&format!("ranks-{ranks}"));
+    }
+
+    let mut running = start(&arguments(&alone, "run.dir=moved"));
+    wait_for_step(&fixture.path("moved"), 9);
+    running.child.kill().unwrap();
+    assert_eq!(
+        running.wait().code,
+        None,
+        "the run ended before it was killed"
+    );
+    let launch = ["launch", config.to_str().unwrap(), "--ranks", "2"];
+    run(&arguments(&launch, "run.dir=moved")).done();
+    assert_close("moved");
+}
+
+/// The processes that train with this config, with their rank.
+fn ranks_of(config: &Path) -> Vec<(u32, usize)> {
+    let config = config.canonicalize().unwrap();
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else {
+            continue;
+        };
+        let read = |name: &str| fs::read(entry.path().join(name)).unwrap_or_default();
+        let command = String::from_utf8_lossy(&read("cmdline")).into_owned();
+        let arguments: Vec<&str> = command.split('\0').collect();
+        if arguments.get(1) != Some(&"train") || !command.contains(config.to_str().unwrap()) {
+            continue;
+        }
+        let environment = String::from_utf8_lossy(&read("environ")).into_owned();
+        let rank = environment
+            .split('\0')
+            .find_map(|line| line.strip_prefix("OMPI_COMM_WORLD_RANK="))
+            .and_then(|rank| rank.parse().ok());
+        found.extend(rank.map(|rank| (pid, rank)));
+    }
+    found
+}
+
+fn wait_until_gone(config: &Path) {
+    let began = Instant::now();
+    while !ranks_of(config).is_empty() {
+        assert!(
+            began.elapsed() < Duration::from_secs(10),
+            "orphans: {:?}",
+            ranks_of(config)
+        );
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+const ENDLESS: [&str; 4] = [
+    "--set",
+    "stage.0.steps=100000",
+    "--set",
+    "stage.1.batch_tokens=512",
+];
+
+#[test]
+fn a_dead_rank_ends_the_launch_and_is_named() {
+    let fixture = Fixture::new();
+    let config = fixture.config(TWO_STAGES);
+    let running = start(
+        &[
+            &["launch", config.to_str().unwrap(), "--ranks", "3"][..],
+            &ENDLESS,
+        ]
+        .concat(),
+    );
+    wait_for_step(&fixture.run_dir(), 3);
+    let victim = ranks_of(&config)
+        .into_iter()
+        .find(|&(_, rank)| rank == 1)
+        .unwrap();
+    let killed = Instant::now();
+    signal(victim.0, Signal::KILL);
+    let output = running.wait();
+    assert!(
+        killed.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        killed.elapsed()
+    );
+    output.refused(1, &["rank 1"]);
+    wait_until_gone(&config);
+}
+
+#[test]
+fn no_rank_outlives_a_killed_launcher() {
+    let fixture = Fixture::new();
+    let config = fixture.config(TWO_STAGES);
+    let mut running = start(
+        &[
+            &["launch", config.to_str().unwrap(), "--ranks", "2"][..],
+            &ENDLESS,
+        ]
+        .concat(),
+    );
+    wait_for_step(&fixture.run_dir(), 3);
+    assert_eq!(ranks_of(&config).len(), 2);
+    running.child.kill().unwrap();
+    assert_eq!(running.wait().code, None);
+    wait_until_gone(&config);
+}
