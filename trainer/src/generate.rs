@@ -91,12 +91,16 @@ impl Generator {
         if path.join("config.json").is_file() {
             let folder = HfFolder::open(path)?;
             let file = path.join("tokenizer.json");
-            let tokenizer = Tokenizer::from_file(&file).map_err(|error| {
-                GenerateError::Tokenizer { path: file, problem: error.to_string() }
-            })?;
+            let tokenizer =
+                Tokenizer::from_file(&file).map_err(|error| GenerateError::Tokenizer {
+                    path: file,
+                    problem: error.to_string(),
+                })?;
             let config = folder.config().clone();
             return Self::new(&config, dtype, tokenizer, |name, range, out| {
-                folder.read_f32(name, range, out).map_err(|error| error.to_string())
+                folder
+                    .read_f32(name, range, out)
+                    .map_err(|error| error.to_string())
             });
         }
         let found = checkpoint::find(path)?;
@@ -104,7 +108,9 @@ impl Generator {
         let tokenizer = tokenizer_of(&found)?;
         Self::new(&config, dtype, tokenizer, |name, range, out| {
             let state = checkpoint::StateKind::Master;
-            found.read(name, state, range, out).map_err(|error| error.to_string())
+            found
+                .read(name, state, range, out)
+                .map_err(|error| error.to_string())
         })
     }
 
@@ -147,14 +153,19 @@ impl Generator {
         sampling: Sampling,
         emit: &mut dyn FnMut(&str),
     ) -> Result<(), GenerateError> {
-        let Sampling { temperature, top_p, .. } = sampling;
+        let Sampling {
+            temperature, top_p, ..
+        } = sampling;
         if !(temperature >= 0.0 && temperature.is_finite()) || !(top_p > 0.0 && top_p <= 1.0) {
             return Err(GenerateError::Request(format!(
                 "temperature must be 0 or more and top-p above 0 and at most 1, found \
                  {temperature} and {top_p}"
             )));
         }
-        let encoding = self.tokenizer.encode_fast(prompt, false).map_err(|e| self.failed(&e))?;
+        let encoding = self
+            .tokenizer
+            .encode_fast(prompt, false)
+            .map_err(|e| self.failed(&e))?;
         let mut tokens: Vec<u32> = encoding.get_ids().to_vec();
         if tokens.is_empty() {
             return Err(GenerateError::Request("the prompt has no token".to_owned()));
@@ -178,7 +189,10 @@ impl Generator {
             tokens.push(next);
             let text = self.text(&tokens)?;
             // A character may need several tokens; until then the text ends in a replacement.
-            if let Some(piece) = text.get(said..).filter(|piece| !piece.ends_with('\u{fffd}')) {
+            if let Some(piece) = text
+                .get(said..)
+                .filter(|piece| !piece.ends_with('\u{fffd}'))
+            {
                 emit(piece);
                 said = text.len();
             }
@@ -192,7 +206,11 @@ impl Generator {
     /// When the model fails.
     pub fn next_logits(&mut self, tokens: &[u32]) -> Result<Vec<f32>, GenerateError> {
         let length = tokens.len().next_power_of_two().max(SHORTEST_BUFFER);
-        if self.buffers.as_ref().is_none_or(|(held, ..)| *held != length) {
+        if self
+            .buffers
+            .as_ref()
+            .is_none_or(|(held, ..)| *held != length)
+        {
             let activations = self.decoder.activations(length, true, Device::Cpu)?;
             let rope = RopeTable::new(self.rope_base, self.head_dim, length)?;
             self.buffers = Some((length, activations, rope));
@@ -211,7 +229,8 @@ impl Generator {
         let last_layer = self.decoder.layers() - 1;
         for layer in 0..last_layer {
             let weights = self.zero.weights(layer)?;
-            self.decoder.forward(layer, &weights, &batch, rope, activations)?;
+            self.decoder
+                .forward(layer, &weights, &batch, rope, activations)?;
         }
         let weights = self.zero.weights(last_layer)?;
         let row = tokens.len() - 1;
@@ -220,18 +239,28 @@ impl Generator {
     }
 
     fn text(&self, tokens: &[u32]) -> Result<String, GenerateError> {
-        self.tokenizer.decode(tokens, true).map_err(|error| self.failed(&error))
+        self.tokenizer
+            .decode(tokens, true)
+            .map_err(|error| self.failed(&error))
     }
 
     fn failed(&self, error: &impl std::fmt::Display) -> GenerateError {
-        GenerateError::Tokenizer { path: "tokenizer.json".into(), problem: error.to_string() }
+        GenerateError::Tokenizer {
+            path: "tokenizer.json".into(),
+            problem: error.to_string(),
+        }
     }
 }
 
 fn tokenizer_of(checkpoint: &Checkpoint) -> Result<Tokenizer, GenerateError> {
-    let wrong =
-        |problem| GenerateError::Tokenizer { path: checkpoint.dir().to_owned(), problem };
-    if !checkpoint.attachments().any(|file| file.name == "tokenizer.json") {
+    let wrong = |problem| GenerateError::Tokenizer {
+        path: checkpoint.dir().to_owned(),
+        problem,
+    };
+    if !checkpoint
+        .attachments()
+        .any(|file| file.name == "tokenizer.json")
+    {
         return Err(wrong(
             "the checkpoint carries no tokenizer.json; train with data.tokenizer set".to_owned(),
         ));
@@ -267,7 +296,9 @@ fn model_config(config: &LlamaConfig) -> ModelConfig {
 fn choose(logits: &[f32], sampling: Sampling, position: u64) -> u32 {
     let mut order: Vec<usize> = (0..logits.len()).collect();
     order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
-    let Some(&likeliest) = order.first() else { return 0 };
+    let Some(&likeliest) = order.first() else {
+        return 0;
+    };
     if sampling.temperature == 0.0 {
         return likeliest as u32;
     }
@@ -299,7 +330,11 @@ mod tests {
     fn draws(temperature: f64, top_p: f64) -> [usize; 4] {
         let mut counts = [0; 4];
         for position in 0..4000 {
-            let sampling = Sampling { temperature, top_p, seed: 3 };
+            let sampling = Sampling {
+                temperature,
+                top_p,
+                seed: 3,
+            };
             counts[choose(&LOGITS, sampling, position) as usize] += 1;
         }
         counts

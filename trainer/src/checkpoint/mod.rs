@@ -66,12 +66,12 @@ mod tests;
 pub(crate) use geometry::element_count;
 pub(crate) use manifest::is_plain_name;
 
+pub use crate::zero::StateKind;
 pub use catalogue::{
     Newest, Rejected, Scrutiny, delete, find, folder_name, newest_valid, remove_stale, retain,
 };
 pub use dtype::Dtype;
 pub use error::Error;
-pub use crate::zero::StateKind;
 pub use geometry::Region;
 pub use manifest::{
     FileEntry, FileKind, FormatLimits, Manifest, ManifestMeta, Piece, ScheduleState, SkippedRange,

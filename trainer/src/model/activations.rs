@@ -27,10 +27,12 @@ impl Slots {
         &mut self,
         slots: [Slot; N],
     ) -> Result<[&mut Tensor; N], Error> {
-        self.0.get_disjoint_mut(slots).map_err(|problem| Error::Argument {
-            op: "block",
-            message: format!("slots {slots:?} of an operation: {problem}"),
-        })
+        self.0
+            .get_disjoint_mut(slots)
+            .map_err(|problem| Error::Argument {
+                op: "block",
+                message: format!("slots {slots:?} of an operation: {problem}"),
+            })
     }
 }
 

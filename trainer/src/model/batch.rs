@@ -45,11 +45,17 @@ impl Batch {
         let samples = starts.len();
         for length in [tokens.len(), targets.len()] {
             if length != samples * seq_len {
-                return Err(ModelError::BatchShape { expected: samples * seq_len, found: length });
+                return Err(ModelError::BatchShape {
+                    expected: samples * seq_len,
+                    found: length,
+                });
             }
         }
-        let documents = DocumentStarts::new(seq_len, starts)
-            .map_err(|source| ModelError::Kernel { layer: "batch".into(), source })?;
+        let documents =
+            DocumentStarts::new(seq_len, starts).map_err(|source| ModelError::Kernel {
+                layer: "batch".into(),
+                source,
+            })?;
         let tensor = |values: &[i64]| {
             Tensor::f_from_slice(values)
                 .and_then(|tensor| tensor.f_to_device(device))

@@ -30,7 +30,11 @@ pub struct Loss {
 impl Loss {
     /// Mean loss per target token; 0 when there is none.
     pub fn mean(&self) -> f64 {
-        if self.targets == 0 { 0.0 } else { self.sum / self.targets as f64 }
+        if self.targets == 0 {
+            0.0
+        } else {
+            self.sum / self.targets as f64
+        }
     }
 }
 
@@ -119,7 +123,15 @@ impl Decoder {
     ) -> Result<Activations, ModelError> {
         let blocks = self.layers() - 2;
         let (program, precision) = (&self.program, self.precision);
-        Activations::new(program, blocks, self.hidden, tokens, precision, recompute, device)
+        Activations::new(
+            program,
+            blocks,
+            self.hidden,
+            tokens,
+            precision,
+            recompute,
+            device,
+        )
     }
 
     /// Runs the embedding (layer 0) or a block. The last layer is [`Decoder::head`].
@@ -139,7 +151,9 @@ impl Decoder {
             return embedding::forward(&batch.tokens, &weights[0][0], &mut activations.stream[0])
                 .map_err(|source| self.failed(layer, source));
         }
-        let Activations { blocks, workspace, .. } = activations;
+        let Activations {
+            blocks, workspace, ..
+        } = activations;
         let slots = &mut blocks[layer - 1];
         let mut run = self.block_run(layer, &weights[0], batch, rope, slots, workspace);
         self.program.ops.iter().try_for_each(|op| run.forward(op))
@@ -168,12 +182,22 @@ impl Decoder {
         activations: &mut Activations,
         objective: Objective<'_>,
     ) -> Result<Loss, oxitron_kernels::Error> {
-        let Activations { stream, normed, rstd, normed_gradient, workspace, .. } = activations;
+        let Activations {
+            stream,
+            normed,
+            rstd,
+            normed_gradient,
+            workspace,
+            ..
+        } = activations;
         let last = &stream[self.layers() - 2];
         rms_norm::forward(last, &weights[NORM.0][NORM.1], self.norm_eps, normed, rstd)?;
         let head = &weights[HEAD.0][HEAD.1];
         let mut sum = Tensor::f_zeros([1], (Kind::Double, head.device())).map_err(torch)?;
-        let losses = linear_cross_entropy::Losses { sum: &mut sum, per_token: None };
+        let losses = linear_cross_entropy::Losses {
+            sum: &mut sum,
+            per_token: None,
+        };
         let inputs = linear_cross_entropy::Inputs {
             x: normed,
             w: head,
@@ -193,7 +217,10 @@ impl Decoder {
             }
         }
         let sum = sum.f_double_value(&[0]).map_err(torch)?;
-        Ok(Loss { sum, targets: batch.target_count })
+        Ok(Loss {
+            sum,
+            targets: batch.target_count,
+        })
     }
 
     /// Runs a layer backwards. For the last layer, [`Decoder::head`] with
@@ -216,11 +243,18 @@ impl Decoder {
                 .map_err(|source| self.failed(layer, source));
         }
         if layer == 0 {
-            let Some(d_weight) = gradients[0][0].as_mut() else { return Ok(()) };
+            let Some(d_weight) = gradients[0][0].as_mut() else {
+                return Ok(());
+            };
             return embedding::backward(&batch.tokens, &activations.residual_gradient, d_weight)
                 .map_err(|source| self.failed(layer, source));
         }
-        let Activations { blocks, gradients: slot_gradients, workspace, .. } = activations;
+        let Activations {
+            blocks,
+            gradients: slot_gradients,
+            workspace,
+            ..
+        } = activations;
         let slots = &mut blocks[layer - 1];
         let mut run = self.block_run(layer, &weights[0], batch, rope, slots, workspace);
         for op in self.program.ops.iter().rev() {
@@ -235,14 +269,28 @@ impl Decoder {
         gradients: &mut LayerGradients,
         activations: &mut Activations,
     ) -> Result<(), oxitron_kernels::Error> {
-        let Activations { stream, rstd, normed_gradient, residual_gradient, workspace, .. } =
-            activations;
+        let Activations {
+            stream,
+            rstd,
+            normed_gradient,
+            residual_gradient,
+            workspace,
+            ..
+        } = activations;
         let last = &stream[self.layers() - 2];
         // The norm adds to the gradient of the stream; this is where that gradient begins.
         let _ = residual_gradient.f_zero_().map_err(torch)?;
         let d_norm = gradients[NORM.0][NORM.1].as_mut();
         let norm = &weights[NORM.0][NORM.1];
-        rms_norm::backward(normed_gradient, last, norm, rstd, residual_gradient, d_norm, workspace)
+        rms_norm::backward(
+            normed_gradient,
+            last,
+            norm,
+            rstd,
+            residual_gradient,
+            d_norm,
+            workspace,
+        )
     }
 
     /// Logits, `[rows, vocab]` fp32, of the given tokens of the micro-batch that has just run
@@ -257,12 +305,20 @@ impl Decoder {
         activations: &mut Activations,
     ) -> Result<Tensor, ModelError> {
         let compute = |activations: &mut Activations| -> Result<Tensor, oxitron_kernels::Error> {
-            let Activations { stream, normed, rstd, .. } = activations;
+            let Activations {
+                stream,
+                normed,
+                rstd,
+                ..
+            } = activations;
             let last = &stream[self.layers() - 2];
             rms_norm::forward(last, &weights[NORM.0][NORM.1], self.norm_eps, normed, rstd)?;
-            let x = normed.f_narrow(0, rows.start as i64, rows.len() as i64).map_err(torch)?;
+            let x = normed
+                .f_narrow(0, rows.start as i64, rows.len() as i64)
+                .map_err(torch)?;
             let shape = [rows.len() as i64, self.vocab_size as i64];
-            let mut logits = Tensor::f_zeros(shape, (self.precision.compute, x.device())).map_err(torch)?;
+            let mut logits =
+                Tensor::f_zeros(shape, (self.precision.compute, x.device())).map_err(torch)?;
             linear_cross_entropy::logits(&x, &weights[HEAD.0][HEAD.1], &mut logits)?;
             let mut result = Tensor::f_zeros(shape, (Kind::Float, x.device())).map_err(torch)?;
             cast::forward(&logits, &mut result)?;
@@ -295,18 +351,27 @@ impl Decoder {
     fn check_batch(&self, batch: &Batch, activations: &Activations) -> Result<(), ModelError> {
         let found = batch.token_count();
         if found != activations.tokens {
-            return Err(ModelError::BatchShape { expected: activations.tokens, found });
+            return Err(ModelError::BatchShape {
+                expected: activations.tokens,
+                found,
+            });
         }
         Ok(())
     }
 
     fn failed(&self, layer: usize, source: oxitron_kernels::Error) -> ModelError {
-        ModelError::Kernel { layer: self.names[layer].clone(), source }
+        ModelError::Kernel {
+            layer: self.names[layer].clone(),
+            source,
+        }
     }
 }
 
 fn torch(source: tch::TchError) -> oxitron_kernels::Error {
-    oxitron_kernels::Error::Torch { op: "decoder", source }
+    oxitron_kernels::Error::Torch {
+        op: "decoder",
+        source,
+    }
 }
 
 /// libtorch's name of a dtype.

@@ -35,9 +35,12 @@ pub fn describe(
     trainable: impl Fn(&str) -> bool,
     decay: impl Fn(&str) -> bool,
 ) -> Result<Units, ModelError> {
-    let plain = Init::Normal { std: model.init_std };
-    let into_residual =
-        Init::Normal { std: model.init_std / (2.0 * model.num_layers as f64).sqrt() };
+    let plain = Init::Normal {
+        std: model.init_std,
+    };
+    let into_residual = Init::Normal {
+        std: model.init_std / (2.0 * model.num_layers as f64).sqrt(),
+    };
     let tensor = |name: String, shape: &[usize], init: Init| TensorSpec {
         trainable: trainable(&name),
         decay: decay(&name),
@@ -48,7 +51,9 @@ pub fn describe(
     let (hidden, inner) = (model.hidden_size, model.intermediate_size);
     let query = model.num_heads * model.head_dim;
     let key = model.num_kv_heads * model.head_dim;
-    let one = |spec: TensorSpec| Matrix { tensors: vec![spec] };
+    let one = |spec: TensorSpec| Matrix {
+        tensors: vec![spec],
+    };
 
     let block = |index: usize| {
         let weight = |suffix: &str, shape: &[usize], init: Init| {
@@ -73,7 +78,10 @@ pub fn describe(
             },
             one(weight("mlp.down_proj", &[hidden, inner], into_residual)),
         ];
-        Unit { name: format!("block.{index}"), matrices }
+        Unit {
+            name: format!("block.{index}"),
+            matrices,
+        }
     };
 
     let vocabulary = [model.vocab_size, hidden];
@@ -81,7 +89,12 @@ pub fn describe(
         name: unit.into(),
         matrices: vec![one(tensor(name.into(), shape, init))],
     };
-    let mut units = vec![single("embedding", "model.embed_tokens.weight", &vocabulary, plain)];
+    let mut units = vec![single(
+        "embedding",
+        "model.embed_tokens.weight",
+        &vocabulary,
+        plain,
+    )];
     units.extend((0..model.num_layers).map(block));
     units.push(single("norm", "model.norm.weight", &[hidden], Init::Ones));
     if !model.tie_word_embeddings {
@@ -103,19 +116,32 @@ pub fn describe(
     }
 
     let norm = model.num_layers + 1;
-    let head = if model.tie_word_embeddings { 0 } else { norm + 1 };
+    let head = if model.tie_word_embeddings {
+        0
+    } else {
+        norm + 1
+    };
     let mut layers: Vec<Layer> = units[..norm]
         .iter()
         .enumerate()
-        .map(|(index, unit)| Layer { name: unit.name.clone(), units: vec![index] })
+        .map(|(index, unit)| Layer {
+            name: unit.name.clone(),
+            units: vec![index],
+        })
         .collect();
-    layers.push(Layer { name: "head".into(), units: vec![norm, head] });
+    layers.push(Layer {
+        name: "head".into(),
+        units: vec![norm, head],
+    });
     Ok(Units { units, layers })
 }
 
 /// Canonical names and shapes of all tensors of a model.
 pub fn tensor_names(units: &Units) -> Vec<(String, Vec<usize>)> {
-    units.tensors().map(|spec| (spec.name.clone(), spec.shape.clone())).collect()
+    units
+        .tensors()
+        .map(|spec| (spec.name.clone(), spec.shape.clone()))
+        .collect()
 }
 
 /// The program of a block.
@@ -124,7 +150,12 @@ pub(super) fn block_program(model: &ModelConfig) -> Program {
     let key = model.num_kv_heads * model.head_dim;
     let mut slots = Vec::new();
     let mut slot = |name, kind, width, kept| {
-        slots.push(SlotSpec { name, kind, width, kept });
+        slots.push(SlotSpec {
+            name,
+            kind,
+            width,
+            kept,
+        });
         slots.len() - 1
     };
     use SlotKind::{Compute, Residual, Statistic};
@@ -146,17 +177,60 @@ pub(super) fn block_program(model: &ModelConfig) -> Program {
     let output = slot("output", Residual, hidden, false);
 
     let ops = vec![
-        Op::RmsNorm { x: input, weight: weight::ATTENTION_NORM, y: normed, rstd },
-        Op::Linear { x: normed, weight: weight::QKV, y: qkv },
+        Op::RmsNorm {
+            x: input,
+            weight: weight::ATTENTION_NORM,
+            y: normed,
+            rstd,
+        },
+        Op::Linear {
+            x: normed,
+            weight: weight::QKV,
+            y: qkv,
+        },
         Op::Rope { qkv },
-        Op::Attention { qkv, y: attended, log_sum_exp },
-        Op::Linear { x: attended, weight: weight::ATTENTION_OUTPUT, y: attention_delta },
-        Op::Add { residual: input, delta: attention_delta, sum: middle },
-        Op::RmsNorm { x: middle, weight: weight::MLP_NORM, y: mlp_normed, rstd: mlp_rstd },
-        Op::Linear { x: mlp_normed, weight: weight::GATE_UP, y: gate_up },
+        Op::Attention {
+            qkv,
+            y: attended,
+            log_sum_exp,
+        },
+        Op::Linear {
+            x: attended,
+            weight: weight::ATTENTION_OUTPUT,
+            y: attention_delta,
+        },
+        Op::Add {
+            residual: input,
+            delta: attention_delta,
+            sum: middle,
+        },
+        Op::RmsNorm {
+            x: middle,
+            weight: weight::MLP_NORM,
+            y: mlp_normed,
+            rstd: mlp_rstd,
+        },
+        Op::Linear {
+            x: mlp_normed,
+            weight: weight::GATE_UP,
+            y: gate_up,
+        },
         Op::SwiGlu { gate_up, y: gated },
-        Op::Linear { x: gated, weight: weight::DOWN, y: mlp_delta },
-        Op::Add { residual: middle, delta: mlp_delta, sum: output },
+        Op::Linear {
+            x: gated,
+            weight: weight::DOWN,
+            y: mlp_delta,
+        },
+        Op::Add {
+            residual: middle,
+            delta: mlp_delta,
+            sum: output,
+        },
     ];
-    Program { slots, ops, input, output }
+    Program {
+        slots,
+        ops,
+        input,
+        output,
+    }
 }

@@ -1,10 +1,7 @@
 //! Running one operation of a block, forwards and backwards.
 
 use oxitron_kernels::{
-    Error, RopeTable, Workspace, add, attention, cast, linear,
-    rms_norm,
-    rope,
-    swiglu,
+    Error, RopeTable, Workspace, add, attention, cast, linear, rms_norm, rope, swiglu,
 };
 use tch::Tensor;
 
@@ -57,11 +54,15 @@ impl BlockRun<'_> {
         gradients: &mut Slots,
         weight_gradients: &mut [Option<Tensor>],
     ) -> Result<(), ModelError> {
-        self.run_backward(op, gradients, weight_gradients).map_err(|source| self.failed(source))
+        self.run_backward(op, gradients, weight_gradients)
+            .map_err(|source| self.failed(source))
     }
 
     fn failed(&self, source: Error) -> ModelError {
-        ModelError::Kernel { layer: self.layer.to_owned(), source }
+        ModelError::Kernel {
+            layer: self.layer.to_owned(),
+            source,
+        }
     }
 
     fn run_forward(&mut self, op: &Op) -> Result<(), Error> {
@@ -78,7 +79,11 @@ impl BlockRun<'_> {
                 let mut rotated = self.rotated_heads(qkv)?;
                 rope::forward(self.rope, &self.batch.positions, &mut rotated)
             }
-            Op::Attention { qkv, y, log_sum_exp } => {
+            Op::Attention {
+                qkv,
+                y,
+                log_sum_exp,
+            } => {
                 let [qkv, y, log_sum_exp] = self.slots.get([qkv, y, log_sum_exp])?;
                 let heads = projections(qkv, self.batch, self.heads)?;
                 let mut log_sum_exp = per_head(log_sum_exp, self.batch, self.heads)?;
@@ -89,7 +94,11 @@ impl BlockRun<'_> {
                 let [gate_up, y] = self.slots.get([gate_up, y])?;
                 swiglu::forward(gate_up, y)
             }
-            Op::Add { residual, delta, sum } => {
+            Op::Add {
+                residual,
+                delta,
+                sum,
+            } => {
                 let [residual, delta, sum] = self.slots.get([residual, delta, sum])?;
                 add::forward(residual, delta, sum)
             }
@@ -123,7 +132,11 @@ impl BlockRun<'_> {
                 let mut rotated = rotated_heads(d_qkv, self.heads)?;
                 rope::backward(self.rope, &self.batch.positions, &mut rotated)
             }
-            Op::Attention { qkv, y, log_sum_exp } => {
+            Op::Attention {
+                qkv,
+                y,
+                log_sum_exp,
+            } => {
                 let [d_qkv, d_y] = gradients.get([qkv, y])?;
                 let [qkv, y, log_sum_exp] = self.slots.get([qkv, y, log_sum_exp])?;
                 let heads = projections(qkv, self.batch, self.heads)?;
@@ -151,7 +164,9 @@ impl BlockRun<'_> {
             }
             // The residual stream's gradient passes through as it is: `residual` and `sum` share
             // its storage.
-            Op::Add { residual, delta, .. } => {
+            Op::Add {
+                residual, delta, ..
+            } => {
                 let [d_residual, d_delta] = gradients.get([residual, delta])?;
                 cast::forward(d_residual, d_delta)
             }
@@ -176,22 +191,34 @@ impl BlockRun<'_> {
 
 /// The query and key heads of a fused projection, `[tokens, heads, head_dim]`.
 fn rotated_heads(qkv: &Tensor, heads: Heads) -> Result<Tensor, Error> {
-    let all = qkv.f_view([-1, heads.query + 2 * heads.key, heads.width]).map_err(torch)?;
+    let all = qkv
+        .f_view([-1, heads.query + 2 * heads.key, heads.width])
+        .map_err(torch)?;
     all.f_narrow(1, 0, heads.query + heads.key).map_err(torch)
 }
 
 fn projections(qkv: &Tensor, batch: &Batch, heads: Heads) -> Result<Projections, Error> {
     let (samples, seq_len) = (batch.samples as i64, batch.seq_len as i64);
-    let all = qkv.f_view([samples, seq_len, heads.query + 2 * heads.key, heads.width]).map_err(torch)?;
+    let all = qkv
+        .f_view([samples, seq_len, heads.query + 2 * heads.key, heads.width])
+        .map_err(torch)?;
     Ok(Projections {
         query: all.f_narrow(2, 0, heads.query).map_err(torch)?,
         key: all.f_narrow(2, heads.query, heads.key).map_err(torch)?,
-        value: all.f_narrow(2, heads.query + heads.key, heads.key).map_err(torch)?,
+        value: all
+            .f_narrow(2, heads.query + heads.key, heads.key)
+            .map_err(torch)?,
     })
 }
 
 fn heads_view(y: &Tensor, batch: &Batch, heads: Heads) -> Result<Tensor, Error> {
-    y.f_view([batch.samples as i64, batch.seq_len as i64, heads.query, heads.width]).map_err(torch)
+    y.f_view([
+        batch.samples as i64,
+        batch.seq_len as i64,
+        heads.query,
+        heads.width,
+    ])
+    .map_err(torch)
 }
 
 /// A statistic per query head, `[samples, heads, seq_len]`.
@@ -201,5 +228,8 @@ fn per_head(statistic: &Tensor, batch: &Batch, heads: Heads) -> Result<Tensor, E
 }
 
 fn torch(source: tch::TchError) -> Error {
-    Error::Torch { op: "block", source }
+    Error::Torch {
+        op: "block",
+        source,
+    }
 }

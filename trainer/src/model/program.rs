@@ -102,9 +102,16 @@ impl Program {
     /// (residual, compute, statistic).
     pub fn kept_widths(&self) -> [usize; 3] {
         let width = |kind| {
-            let of_kind = self.slots.iter().filter(|slot| slot.kept && slot.kind == kind);
+            let of_kind = self
+                .slots
+                .iter()
+                .filter(|slot| slot.kept && slot.kind == kind);
             of_kind.map(|slot| slot.width).sum()
         };
-        [width(SlotKind::Residual), width(SlotKind::Compute), width(SlotKind::Statistic)]
+        [
+            width(SlotKind::Residual),
+            width(SlotKind::Compute),
+            width(SlotKind::Statistic),
+        ]
     }
 }

@@ -25,7 +25,12 @@ fn logits_and_losses_are_those_of_transformers() {
         let vocab = config.vocab_size;
         let mut expected_rows = expected.chunks(vocab);
         let mut worst = 0f64;
-        for (row, kept) in golden.facts["kept_positions"].as_array().unwrap().iter().enumerate() {
+        for (row, kept) in golden.facts["kept_positions"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .enumerate()
+        {
             for position in numbers(kept) {
                 let token = row * batch.seq_len + position as usize;
                 let ours = &all[token * vocab..(token + 1) * vocab];
@@ -35,12 +40,22 @@ fn logits_and_losses_are_those_of_transformers() {
             }
         }
         assert!(expected_rows.next().is_none());
-        assert!(worst <= bound, "{case}: logits differ by {worst:e}, bound {bound:e}");
+        assert!(
+            worst <= bound,
+            "{case}: logits differ by {worst:e}, bound {bound:e}"
+        );
 
         let loss = model.loss(&batch);
         let expected = facts["loss"].as_f64().unwrap();
-        assert_eq!(loss.targets, golden.facts["valid_targets"].as_u64().unwrap());
-        assert!((loss.mean() / expected - 1.0).abs() < 1e-6, "{} {expected}", loss.mean());
+        assert_eq!(
+            loss.targets,
+            golden.facts["valid_targets"].as_u64().unwrap()
+        );
+        assert!(
+            (loss.mean() / expected - 1.0).abs() < 1e-6,
+            "{} {expected}",
+            loss.mean()
+        );
     }
 }
 
@@ -51,12 +66,22 @@ fn assert_projections(case: &str, facts: &serde_json::Value, gradients: &Tensors
     for (name, expected) in tensors {
         let norm = expected["norm"].as_f64().unwrap();
         let ours = &gradients[name];
-        let length = ours.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt();
-        assert!((length / norm - 1.0).abs() < bound, "{case} {name}: norm {length} for {norm}");
+        let length = ours
+            .iter()
+            .map(|&v| f64::from(v).powi(2))
+            .sum::<f64>()
+            .sqrt();
+        assert!(
+            (length / norm - 1.0).abs() < bound,
+            "{case} {name}: norm {length} for {norm}"
+        );
         // Four random projections may overestimate the error's length by a factor of two.
         for (which, expected) in numbers(&expected["projections"]).into_iter().enumerate() {
             let error = (projection(name, which, ours) - expected).abs() / norm;
-            assert!(error < 2.0 * bound, "{case} {name}: projection off by {error:e}");
+            assert!(
+                error < 2.0 * bound,
+                "{case} {name}: projection off by {error:e}"
+            );
         }
     }
 }
@@ -89,15 +114,21 @@ fn gradients_in_bf16_err_at_most_half_again_as_much_as_autocast() {
         let facts = &golden.facts["cases"][case];
         let (config, rope_base, scales) = golden::model(&facts["model"]);
         let batch = golden.batches(&format!("{case}.")).remove(0);
-        let gradients =
-            |dtype| Tiny::new(&config, rope_base, scales, dtype).gradients(&batch).1;
+        let gradients = |dtype| {
+            Tiny::new(&config, rope_base, scales, dtype)
+                .gradients(&batch)
+                .1
+        };
         let (ours, exact) = (gradients(Dtype::Bf16), gradients(Dtype::Fp32));
         let autocast = &facts["bf16_autocast_error"]["sdpa"];
         let whole = |tensors: &Tensors| tensors.values().flatten().copied().collect::<Vec<f32>>();
         let error = relative_error(&whole(&ours), &whole(&exact));
         let bound = 1.5 * autocast["whole"].as_f64().unwrap();
         println!("{case}: whole {error:.2e}, 1.5 x autocast {bound:.2e}");
-        assert!(error <= bound, "{case}: whole gradient {error:e}, bound {bound:e}");
+        assert!(
+            error <= bound,
+            "{case}: whole gradient {error:e}, bound {bound:e}"
+        );
         for (name, exact) in &exact {
             let error = relative_error(&ours[name], exact);
             let bound = 1.5 * autocast["tensors"][name].as_f64().unwrap();
@@ -114,8 +145,9 @@ fn recomputation_changes_no_bit() {
     let batch = golden.batches("tiny.").remove(0);
     for dtype in [Dtype::Fp32, Dtype::Bf16] {
         let kept = Tiny::new(&config, rope_base, scales, dtype).gradients(&batch);
-        let recomputed =
-            Tiny::new(&config, rope_base, scales, dtype).with_recompute().gradients(&batch);
+        let recomputed = Tiny::new(&config, rope_base, scales, dtype)
+            .with_recompute()
+            .gradients(&batch);
         assert_eq!(kept, recomputed);
     }
 }
@@ -126,11 +158,17 @@ fn frozen_tensors_have_no_gradient_and_change_no_other() {
     let (mut config, rope_base, scales) = golden::model(&golden.facts["cases"]["tiny"]["model"]);
     let batch = golden.batches("tiny.").remove(0);
     let (_, all) = Tiny::new(&config, rope_base, scales, Dtype::Fp32).gradients(&batch);
-    config.freeze =
-        Patterns::new(vec!["*.0.mlp.*".into(), "*embed_tokens*".into(), "*.o_proj.*".into()])
-            .unwrap();
+    config.freeze = Patterns::new(vec![
+        "*.0.mlp.*".into(),
+        "*embed_tokens*".into(),
+        "*.o_proj.*".into(),
+    ])
+    .unwrap();
     let (_, some) = Tiny::new(&config, rope_base, scales, Dtype::Fp32).gradients(&batch);
-    let frozen = all.keys().filter(|name| config.freeze.matches(name)).count();
+    let frozen = all
+        .keys()
+        .filter(|name| config.freeze.matches(name))
+        .count();
     assert_eq!(frozen, 6);
     assert_eq!(some.len(), all.len() - frozen);
     for (name, gradient) in &some {
@@ -146,11 +184,12 @@ fn packing_changes_neither_the_loss_nor_a_neighbour() {
     let mut model = Tiny::new(&config, rope_base, scales, Dtype::Fp32);
     let lengths = [5usize, 1, 17, 9];
     let document = |seed: usize, length: usize| -> Vec<i64> {
-        (0..length).map(|i| ((seed * 131 + i * i * 7 + i * 3) % config.vocab_size) as i64).collect()
+        (0..length)
+            .map(|i| ((seed * 131 + i * i * 7 + i * 3) % config.vocab_size) as i64)
+            .collect()
     };
-    let targets = |document: &[i64]| -> Vec<i64> {
-        document[1..].iter().copied().chain([-100]).collect()
-    };
+    let targets =
+        |document: &[i64]| -> Vec<i64> { document[1..].iter().copied().chain([-100]).collect() };
     let mut batch_of = |documents: &[Vec<i64>]| {
         let tokens = documents.concat();
         let targets: Vec<i64> = documents.iter().flat_map(|d| targets(d)).collect();
@@ -158,12 +197,14 @@ fn packing_changes_neither_the_loss_nor_a_neighbour() {
         for document in &documents[..documents.len() - 1] {
             starts.push(starts.last().unwrap() + document.len() as u32);
         }
-        let batch =
-            Batch::new(&tokens, &targets, &[starts], tokens.len(), Device::Cpu).unwrap();
+        let batch = Batch::new(&tokens, &targets, &[starts], tokens.len(), Device::Cpu).unwrap();
         model.loss(&batch)
     };
-    let documents: Vec<Vec<i64>> =
-        lengths.iter().enumerate().map(|(seed, &length)| document(seed, length)).collect();
+    let documents: Vec<Vec<i64>> = lengths
+        .iter()
+        .enumerate()
+        .map(|(seed, &length)| document(seed, length))
+        .collect();
     let packed = batch_of(&documents);
     let mut alone = super::Loss::default();
     let mut each = Vec::new();
@@ -173,13 +214,25 @@ fn packing_changes_neither_the_loss_nor_a_neighbour() {
         alone += loss;
     }
     assert_eq!(packed.targets, alone.targets);
-    assert!((packed.sum / alone.sum - 1.0).abs() < 1e-5, "{packed:?} {alone:?}");
+    assert!(
+        (packed.sum / alone.sum - 1.0).abs() < 1e-5,
+        "{packed:?} {alone:?}"
+    );
 
     // Other neighbours of the third document: its part of the loss stays.
-    let others = vec![document(50, 5), document(51, 1), documents[2].clone(), document(53, 9)];
+    let others = vec![
+        document(50, 5),
+        document(51, 1),
+        documents[2].clone(),
+        document(53, 9),
+    ];
     let changed = batch_of(&others).sum
         - batch_of(&others[..1]).sum
         - batch_of(&others[1..2]).sum
         - batch_of(&others[3..]).sum;
-    assert!((changed / each[2] - 1.0).abs() < 1e-5, "{changed} {}", each[2]);
+    assert!(
+        (changed / each[2] - 1.0).abs() < 1e-5,
+        "{changed} {}",
+        each[2]
+    );
 }

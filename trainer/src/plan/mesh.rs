@@ -23,7 +23,14 @@ pub struct Mesh {
 impl Mesh {
     /// A mesh of `world` data-parallel ranks whose optimizer state is split over all of them.
     pub fn sharded_over_world(world: usize) -> Self {
-        Self { replicate: 1, shard: world, cp: 1, tp: 1, pp: 1, ep: 1 }
+        Self {
+            replicate: 1,
+            shard: world,
+            cp: 1,
+            tp: 1,
+            pp: 1,
+            ep: 1,
+        }
     }
 
     /// Number of ranks.
@@ -54,7 +61,14 @@ mod tests {
 
     #[test]
     fn shard_groups_partition_the_world() {
-        let mesh = Mesh { replicate: 3, shard: 4, cp: 1, tp: 1, pp: 1, ep: 1 };
+        let mesh = Mesh {
+            replicate: 3,
+            shard: 4,
+            cp: 1,
+            tp: 1,
+            pp: 1,
+            ep: 1,
+        };
         assert_eq!(mesh.world(), 12);
         for rank in 0..12 {
             let group = mesh.shard_group(rank);

@@ -64,7 +64,11 @@ impl ShardMap {
 
     /// Elements that `owner` holds over all units: times 12 bytes, its master weights and moments.
     pub fn owned_len(&self, owner: usize) -> usize {
-        self.shards.iter().filter(|shard| shard.owner == owner).map(|shard| shard.range.len()).sum()
+        self.shards
+            .iter()
+            .filter(|shard| shard.owner == owner)
+            .map(|shard| shard.range.len())
+            .sum()
     }
 }
 
@@ -91,7 +95,10 @@ mod tests {
         Units {
             units: lengths.iter().enumerate().map(unit).collect(),
             layers: (0..lengths.len())
-                .map(|index| Layer { name: String::new(), units: vec![index] })
+                .map(|index| Layer {
+                    name: String::new(),
+                    units: vec![index],
+                })
                 .collect(),
         }
     }

@@ -71,8 +71,9 @@ pub struct StepShape {
 /// micro-batch as soon as they are complete, weights are gathered after their update.
 pub fn emit_step(units: &Units, shape: StepShape) -> Vec<Action> {
     let mut actions = Vec::new();
-    let trainable: Vec<usize> =
-        (0..units.units.len()).filter(|&unit| units.trainable(unit)).collect();
+    let trainable: Vec<usize> = (0..units.units.len())
+        .filter(|&unit| units.trainable(unit))
+        .collect();
     let lowest = units.lowest_trainable_layer().unwrap_or(units.layers.len());
     let last_layer = units.layers.len().saturating_sub(1);
 
@@ -89,7 +90,10 @@ pub fn emit_step(units: &Units, shape: StepShape) -> Vec<Action> {
             if micro_batch + 1 < shape.accumulation {
                 continue;
             }
-            for &unit in trainable.iter().filter(|&&unit| units.first_use(unit) == layer) {
+            for &unit in trainable
+                .iter()
+                .filter(|&&unit| units.first_use(unit) == layer)
+            {
                 actions.push(Action::Reduce { unit });
                 if !shape.overlap {
                     actions.push(Action::Await { unit });
@@ -131,7 +135,10 @@ mod tests {
                 }],
             }],
         };
-        let layer = |units: &[usize]| Layer { name: String::new(), units: units.into() };
+        let layer = |units: &[usize]| Layer {
+            name: String::new(),
+            units: units.into(),
+        };
         Units {
             units: (0..4).map(unit).collect(),
             layers: vec![layer(&[0]), layer(&[1]), layer(&[2]), layer(&[3, 0])],
@@ -139,26 +146,59 @@ mod tests {
     }
 
     fn position(actions: &[Action], wanted: Action) -> usize {
-        actions.iter().position(|&action| action == wanted).unwrap_or(usize::MAX)
+        actions
+            .iter()
+            .position(|&action| action == wanted)
+            .unwrap_or(usize::MAX)
     }
 
     #[test]
     fn a_tied_unit_is_reduced_after_its_last_gradient() {
-        let shape = StepShape { accumulation: 2, overlap: true, recompute: false };
+        let shape = StepShape {
+            accumulation: 2,
+            overlap: true,
+            recompute: false,
+        };
         let actions = emit_step(&tied(&[]), shape);
-        let reduces = actions.iter().filter(|action| matches!(action, Action::Reduce { .. }));
+        let reduces = actions
+            .iter()
+            .filter(|action| matches!(action, Action::Reduce { .. }));
         assert_eq!(reduces.count(), 4);
-        let embedding_backward =
-            position(&actions, Action::Backward { micro_batch: 1, layer: 0 });
-        assert_eq!(position(&actions, Action::Reduce { unit: 0 }), embedding_backward + 1);
+        let embedding_backward = position(
+            &actions,
+            Action::Backward {
+                micro_batch: 1,
+                layer: 0,
+            },
+        );
+        assert_eq!(
+            position(&actions, Action::Reduce { unit: 0 }),
+            embedding_backward + 1
+        );
         let norm = position(&actions, Action::Reduce { unit: 3 });
-        assert_eq!(norm, position(&actions, Action::Backward { micro_batch: 1, layer: 3 }) + 1);
+        assert_eq!(
+            norm,
+            position(
+                &actions,
+                Action::Backward {
+                    micro_batch: 1,
+                    layer: 3
+                }
+            ) + 1
+        );
     }
 
     #[test]
     fn without_overlap_every_collective_is_awaited_where_it_starts() {
-        let overlapped = StepShape { accumulation: 1, overlap: true, recompute: true };
-        let serial = StepShape { overlap: false, ..overlapped };
+        let overlapped = StepShape {
+            accumulation: 1,
+            overlap: true,
+            recompute: true,
+        };
+        let serial = StepShape {
+            overlap: false,
+            ..overlapped
+        };
         let collectives = |shape| {
             let actions = emit_step(&tied(&[]), shape);
             let kept: Vec<Action> = actions
@@ -178,14 +218,30 @@ mod tests {
 
     #[test]
     fn backward_stops_above_frozen_layers() {
-        let shape = StepShape { accumulation: 1, overlap: true, recompute: false };
+        let shape = StepShape {
+            accumulation: 1,
+            overlap: true,
+            recompute: false,
+        };
         let actions = emit_step(&tied(&[0, 1]), shape);
         assert_eq!(
-            position(&actions, Action::Backward { micro_batch: 0, layer: 1 }),
+            position(
+                &actions,
+                Action::Backward {
+                    micro_batch: 0,
+                    layer: 1
+                }
+            ),
             usize::MAX
         );
         assert_ne!(
-            position(&actions, Action::Backward { micro_batch: 0, layer: 2 }),
+            position(
+                &actions,
+                Action::Backward {
+                    micro_batch: 0,
+                    layer: 2
+                }
+            ),
             usize::MAX
         );
         assert_eq!(position(&actions, Action::Update { unit: 1 }), usize::MAX);

@@ -144,7 +144,11 @@ impl Unit {
                 let length = &mut lengths[buffer as usize];
                 let offset = *length;
                 *length = (offset + matrix.len()).next_multiple_of(ALIGNMENT);
-                Placement { buffer, offset, shape: matrix.shape() }
+                Placement {
+                    buffer,
+                    offset,
+                    shape: matrix.shape(),
+                }
             })
             .collect()
     }
@@ -173,7 +177,9 @@ impl Unit {
         let matrices = self.matrices.iter().zip(&placements);
         matrices
             .filter(|(_, placement)| placement.buffer == kind)
-            .map(|(matrix, placement)| (placement.offset + matrix.len()).next_multiple_of(ALIGNMENT))
+            .map(|(matrix, placement)| {
+                (placement.offset + matrix.len()).next_multiple_of(ALIGNMENT)
+            })
             .max()
             .unwrap_or(0)
     }
@@ -200,7 +206,10 @@ pub struct Units {
 impl Units {
     /// All canonical tensors.
     pub fn tensors(&self) -> impl Iterator<Item = &TensorSpec> {
-        self.units.iter().flat_map(|unit| &unit.matrices).flat_map(|matrix| &matrix.tensors)
+        self.units
+            .iter()
+            .flat_map(|unit| &unit.matrices)
+            .flat_map(|matrix| &matrix.tensors)
     }
 
     /// Number of parameters, alignment not counted.
@@ -211,7 +220,10 @@ impl Units {
     /// The layer of the forward pass that uses `unit` first: in the backward pass, the layer after
     /// which the unit's gradient is complete.
     pub fn first_use(&self, unit: usize) -> usize {
-        self.layers.iter().position(|layer| layer.units.contains(&unit)).unwrap_or(0)
+        self.layers
+            .iter()
+            .position(|layer| layer.units.contains(&unit))
+            .unwrap_or(0)
     }
 
     /// Whether the optimizer changes anything in `unit`.
@@ -222,7 +234,9 @@ impl Units {
     /// The earliest layer with something to train; gradients need not flow below it. `None` when
     /// everything is frozen.
     pub fn lowest_trainable_layer(&self) -> Option<usize> {
-        self.layers.iter().position(|layer| layer.units.iter().any(|&unit| self.trainable(unit)))
+        self.layers
+            .iter()
+            .position(|layer| layer.units.iter().any(|&unit| self.trainable(unit)))
     }
 }
 
@@ -245,9 +259,15 @@ mod tests {
         let unit = Unit {
             name: "block.0".into(),
             matrices: vec![
-                Matrix { tensors: vec![tensor("norm", &[3], true)] },
-                Matrix { tensors: vec![tensor("q", &[4, 3], true), tensor("k", &[2, 3], true)] },
-                Matrix { tensors: vec![tensor("f", &[5, 3], false)] },
+                Matrix {
+                    tensors: vec![tensor("norm", &[3], true)],
+                },
+                Matrix {
+                    tensors: vec![tensor("q", &[4, 3], true), tensor("k", &[2, 3], true)],
+                },
+                Matrix {
+                    tensors: vec![tensor("f", &[5, 3], false)],
+                },
             ],
         };
         let placements = unit.placements();

@@ -37,9 +37,7 @@ pub(super) struct Agreement {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Verdict {
     /// Update with the gradient times this factor, which averages over the targets and clips.
-    Update {
-        gradient_scale: f64,
-    },
+    Update { gradient_scale: f64 },
     /// Leave weights and moments alone.
     Skip { reason: &'static str },
 }
@@ -48,17 +46,29 @@ impl Agreement {
     /// Clips to `clip_norm` (0 for no clipping), or skips what is not finite.
     pub(super) fn verdict(&self, clip_norm: f64) -> Verdict {
         if self.loss.targets == 0 {
-            return Verdict::Skip { reason: "the batch has no target token" };
+            return Verdict::Skip {
+                reason: "the batch has no target token",
+            };
         }
         if !self.loss.sum.is_finite() {
-            return Verdict::Skip { reason: "the loss is not finite" };
+            return Verdict::Skip {
+                reason: "the loss is not finite",
+            };
         }
         if !self.grad_norm.is_finite() {
-            return Verdict::Skip { reason: "the gradient norm is not finite" };
+            return Verdict::Skip {
+                reason: "the gradient norm is not finite",
+            };
         }
         // The small constant is that of torch.nn.utils.clip_grad_norm_, kept for parity.
-        let clip = if clip_norm > 0.0 { (clip_norm / (self.grad_norm + 1e-6)).min(1.0) } else { 1.0 };
-        Verdict::Update { gradient_scale: clip / self.loss.targets as f64 }
+        let clip = if clip_norm > 0.0 {
+            (clip_norm / (self.grad_norm + 1e-6)).min(1.0)
+        } else {
+            1.0
+        };
+        Verdict::Update {
+            gradient_scale: clip / self.loss.targets as f64,
+        }
     }
 }
 
@@ -80,7 +90,10 @@ pub(super) fn agree(
     )?;
     let targets = sums[1] as u64;
     Ok(Agreement {
-        loss: Loss { sum: sums[0], targets },
+        loss: Loss {
+            sum: sums[0],
+            targets,
+        },
         grad_norm: sums[2].sqrt() / targets.max(1) as f64,
         stop_requested: sums[3] > 0.0,
     })
@@ -108,7 +121,11 @@ mod tests {
     use super::*;
 
     fn agreement(sum: f64, targets: u64, grad_norm: f64) -> Agreement {
-        Agreement { loss: Loss { sum, targets }, grad_norm, stop_requested: false }
+        Agreement {
+            loss: Loss { sum, targets },
+            grad_norm,
+            stop_requested: false,
+        }
     }
 
     #[test]
@@ -117,13 +134,27 @@ mod tests {
             panic!("a finite step is not skipped")
         };
         assert!((gradient_scale - 1.0 / (10.0 + 1e-6) / 4.0).abs() < 1e-15);
-        assert_eq!(agreement(8.0, 4, 0.5).verdict(1.0), Verdict::Update { gradient_scale: 0.25 });
-        assert_eq!(agreement(8.0, 4, 10.0).verdict(0.0), Verdict::Update { gradient_scale: 0.25 });
+        assert_eq!(
+            agreement(8.0, 4, 0.5).verdict(1.0),
+            Verdict::Update {
+                gradient_scale: 0.25
+            }
+        );
+        assert_eq!(
+            agreement(8.0, 4, 10.0).verdict(0.0),
+            Verdict::Update {
+                gradient_scale: 0.25
+            }
+        );
     }
 
     #[test]
     fn what_is_not_finite_is_skipped() {
-        for bad in [agreement(f64::NAN, 4, 1.0), agreement(1.0, 4, f64::INFINITY), agreement(0.0, 0, 0.0)] {
+        for bad in [
+            agreement(f64::NAN, 4, 1.0),
+            agreement(1.0, 4, f64::INFINITY),
+            agreement(0.0, 0, 0.0),
+        ] {
             assert!(matches!(bad.verdict(1.0), Verdict::Skip { .. }));
         }
     }

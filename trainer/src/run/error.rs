@@ -82,7 +82,10 @@ impl RunError {
     /// Whether the command line or the configuration is at fault, and no data was opened: the
     /// process then exits with code 2.
     pub fn is_usage(&self) -> bool {
-        matches!(self, Self::Plan(_) | Self::Config(_) | Self::ConfigChanged { .. })
+        matches!(
+            self,
+            Self::Plan(_) | Self::Config(_) | Self::ConfigChanged { .. }
+        )
     }
 
     /// For `map_err` on input and output.
@@ -91,6 +94,10 @@ impl RunError {
         action: &'static str,
     ) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
-        move |source| Self::Io { path, action, source }
+        move |source| Self::Io {
+            path,
+            action,
+            source,
+        }
     }
 }

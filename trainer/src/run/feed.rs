@@ -2,9 +2,7 @@
 
 use std::time::Duration;
 
-use oxitron_data::{
-    BatchIndex, Cursor, Dataset, Loader, LoaderOptions, NO_TARGET, Sample, assign,
-};
+use oxitron_data::{BatchIndex, Cursor, Dataset, Loader, LoaderOptions, NO_TARGET, Sample, assign};
 use tch::Device;
 
 use super::{RunError, ranks::Ranks};
@@ -64,13 +62,19 @@ impl Feed {
             ahead: AHEAD,
         };
         let loader = Loader::start(stream, options)?;
-        Ok(Self { loader, seq_len: stage.seq_len, next_sample })
+        Ok(Self {
+            loader,
+            seq_len: stage.seq_len,
+            next_sample,
+        })
     }
 
     /// The next step.
     pub(super) fn next(&mut self, device: Device) -> Result<StepData, RunError> {
         let Some((batch, wait)) = self.loader.next_batch()? else {
-            return Err(RunError::Plan("the stage asked for more steps than it has".to_owned()));
+            return Err(RunError::Plan(
+                "the stage asked for more steps than it has".to_owned(),
+            ));
         };
         let micro_batches = batch.micro_batches.iter();
         let batches = micro_batches.map(|slots| tensors(slots, self.seq_len, device));
@@ -97,12 +101,15 @@ pub(super) fn validation_batches(
     device: Device,
 ) -> Result<Vec<Batch>, RunError> {
     let most = config.validation.batches * stage.samples_per_batch();
-    let samples: Vec<_> =
-        dataset.validation(stage.seq_len).take(most).collect::<Result<_, _>>()?;
+    let samples: Vec<_> = dataset
+        .validation(stage.seq_len)
+        .take(most)
+        .collect::<Result<_, _>>()?;
     let index = BatchIndex { samples };
     let assignment = assign(&index, ranks.ranks, stage.micro_batch);
     let read = |slot: &Option<usize>| {
-        slot.map(|sample| dataset.read(&index.samples[sample])).transpose()
+        slot.map(|sample| dataset.read(&index.samples[sample]))
+            .transpose()
     };
     let mut batches = Vec::new();
     for slots in assignment.rank(ranks.rank) {
@@ -115,11 +122,7 @@ pub(super) fn validation_batches(
 }
 
 /// Slots to tensors; a slot without a sample predicts nothing.
-fn tensors(
-    slots: &[Option<Sample>],
-    seq_len: usize,
-    device: Device,
-) -> Result<Batch, RunError> {
+fn tensors(slots: &[Option<Sample>], seq_len: usize, device: Device) -> Result<Batch, RunError> {
     let mut tokens = Vec::with_capacity(slots.len() * seq_len);
     let mut targets = Vec::with_capacity(slots.len() * seq_len);
     let mut starts = Vec::with_capacity(slots.len());

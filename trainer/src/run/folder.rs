@@ -27,11 +27,18 @@ impl RunFolder {
             .open(&lock_path)
             .map_err(RunError::io(&lock_path, "create the lock file"))?;
         match lock.try_lock() {
-            Ok(()) => Ok(Self { path: path.to_owned(), _lock: lock }),
-            Err(TryLockError::WouldBlock) => Err(RunError::Locked { run_dir: path.to_owned() }),
-            Err(TryLockError::Error(source)) => {
-                Err(RunError::Io { path: lock_path, action: "lock", source })
-            }
+            Ok(()) => Ok(Self {
+                path: path.to_owned(),
+                _lock: lock,
+            }),
+            Err(TryLockError::WouldBlock) => Err(RunError::Locked {
+                run_dir: path.to_owned(),
+            }),
+            Err(TryLockError::Error(source)) => Err(RunError::Io {
+                path: lock_path,
+                action: "lock",
+                source,
+            }),
         }
     }
 
@@ -45,7 +52,11 @@ impl RunFolder {
             file.persist(&path)?;
             Ok(())
         };
-        write().map_err(|source| RunError::Io { path: path.clone(), action: "write", source })
+        write().map_err(|source| RunError::Io {
+            path: path.clone(),
+            action: "write",
+            source,
+        })
     }
 }
 
@@ -71,6 +82,9 @@ mod tests {
         let file = folder.path().join("file");
         fs::write(&file, "").unwrap();
         let error = RunFolder::lock(&file.join("run")).unwrap_err().to_string();
-        assert!(error.contains("file/run: cannot create the run directory"), "{error}");
+        assert!(
+            error.contains("file/run: cannot create the run directory"),
+            "{error}"
+        );
     }
 }

@@ -75,8 +75,10 @@ impl Progress {
         meta.samples = self.samples;
         meta.stage = self.last_stage.clone();
         meta.next_stage = (self.stage < stages).then_some(self.stage);
-        meta.schedule =
-            ScheduleState { step_in_stage: self.step_in_stage, adam_step: self.adam_step };
+        meta.schedule = ScheduleState {
+            step_in_stage: self.step_in_stage,
+            adam_step: self.adam_step,
+        };
         meta.skipped = self.skipped.clone();
         meta.cursor = serde_json::to_value(&self.cursor).map_err(|source| RunError::Io {
             path: "manifest.json".into(),

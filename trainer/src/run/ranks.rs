@@ -16,7 +16,11 @@ pub(super) struct Ranks {
 impl Ranks {
     pub(super) fn new(comm: &Comm) -> Result<Self, RunError> {
         let everyone: Vec<usize> = (0..comm.world()).collect();
-        Ok(Self { rank: comm.rank(), ranks: comm.world(), world: comm.lane(&everyone)? })
+        Ok(Self {
+            rank: comm.rank(),
+            ranks: comm.world(),
+            world: comm.lane(&everyone)?,
+        })
     }
 
     /// Whether this rank speaks for the run: it writes metrics and manifests.
@@ -49,8 +53,10 @@ impl Ranks {
         let mine = if self.leads() { produce() } else { Ok([0; N]) };
         let mine = self.together(mine)?;
         // 32 bits at a time: a sum of f64 carries those exactly.
-        let halves: Vec<f64> =
-            mine.iter().flat_map(|value| [(value >> 32) as f64, (*value as u32) as f64]).collect();
+        let halves: Vec<f64> = mine
+            .iter()
+            .flat_map(|value| [(value >> 32) as f64, (*value as u32) as f64])
+            .collect();
         let sums = control::sum(&self.world, &halves, &mut CommClock::default())?;
         Ok(std::array::from_fn(|index| {
             ((sums[2 * index] as u64) << 32) | sums[2 * index + 1] as u64

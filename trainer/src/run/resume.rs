@@ -53,7 +53,11 @@ impl<'a> Trainer<'a> {
         memory::install()?;
 
         let lock = || RunFolder::lock(&config.run.dir);
-        let folder = ranks.together(if ranks.leads() { lock().map(Some) } else { Ok(None) })?;
+        let folder = ranks.together(if ranks.leads() {
+            lock().map(Some)
+        } else {
+            Ok(None)
+        })?;
         let origin = find_origin(config, &ranks, options)?;
         let (run_id, attempt) = identify(config, &ranks, &origin)?;
         let dtype = choose_dtype(config, &ranks, &origin)?;
@@ -71,8 +75,13 @@ impl<'a> Trainer<'a> {
             Dtype::Bf16 => Wire::Bf16,
             Dtype::Fp32 => Wire::F32,
         };
-        let zero =
-            Zero::new(&units, comm.lane(&everyone)?, decoder.compute_kind(), wire, device)?;
+        let zero = Zero::new(
+            &units,
+            comm.lane(&everyone)?,
+            decoder.compute_kind(),
+            wire,
+            device,
+        )?;
         let mut trainer = Self {
             config,
             options,
@@ -99,10 +108,16 @@ impl<'a> Trainer<'a> {
     /// Fills weights and moments, and the progress of a run that goes on.
     fn fill(&mut self, origin: &Origin) -> Result<(), RunError> {
         let names = tensor_names(&self.units);
-        let expected = || names.iter().map(|(name, shape)| (name.as_str(), shape.as_slice()));
+        let expected = || {
+            names
+                .iter()
+                .map(|(name, shape)| (name.as_str(), shape.as_slice()))
+        };
         match origin {
             Origin::Seed => {
-                let values = InitialValues { seed: self.config.run.seed };
+                let values = InitialValues {
+                    seed: self.config.run.seed,
+                };
                 self.zero.load(&mut |spec, state, range, out| {
                     values.read(spec, state, range, out);
                     Ok::<_, std::convert::Infallible>(())
@@ -182,9 +197,15 @@ fn find_origin(config: &Config, ranks: &Ranks, options: &Options) -> Result<Orig
     let [found, step] = ranks.from_leader(|| {
         let newest = checkpoint::newest_valid(checkpoints, Scrutiny::Structure)?;
         for rejected in &newest.rejected {
-            tracing::warn!("{} cannot be used: {}", rejected.dir.display(), rejected.reason);
+            tracing::warn!(
+                "{} cannot be used: {}",
+                rejected.dir.display(),
+                rejected.reason
+            );
         }
-        let Some(checkpoint) = newest.checkpoint else { return Ok([0, 0]) };
+        let Some(checkpoint) = newest.checkpoint else {
+            return Ok([0, 0]);
+        };
         check_config(config, &checkpoint, options)?;
         Ok([1, checkpoint.meta().step])
     })?;
@@ -239,21 +260,28 @@ fn check_config(
     if differences.is_empty() {
         return Ok(());
     }
-    let listed: Vec<String> =
-        differences.iter().map(|difference| format!("  {difference}")).collect();
+    let listed: Vec<String> = differences
+        .iter()
+        .map(|difference| format!("  {difference}"))
+        .collect();
     let differences = listed.join("\n");
     if options.allow_config_change {
         tracing::warn!("going on with a changed configuration:\n{differences}");
         return Ok(());
     }
-    Err(RunError::ConfigChanged { run_dir: config.run.dir.clone(), differences })
+    Err(RunError::ConfigChanged {
+        run_dir: config.run.dir.clone(),
+        differences,
+    })
 }
 
 /// The run's identity and how often it has been started.
 fn identify(config: &Config, ranks: &Ranks, origin: &Origin) -> Result<(String, u32), RunError> {
     let [attempt, fresh] = ranks.from_leader(|| {
         let attempt = metrics::next_attempt(&config.run.dir)?;
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
         Ok([u64::from(attempt), now.as_nanos() as u64])
     })?;
     let run_id = match origin {

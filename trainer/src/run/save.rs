@@ -18,9 +18,16 @@ impl Trainer<'_> {
         let began = Instant::now();
         let staged = self.zero.stage()?;
         let step = self.progress.step;
-        self.event(Event::SaveStaged { step, seconds: began.elapsed().as_secs_f64() })?;
+        self.event(Event::SaveStaged {
+            step,
+            seconds: began.elapsed().as_secs_f64(),
+        })?;
 
-        let folder = self.config.checkpoint.dir.join(checkpoint::folder_name(step));
+        let folder = self
+            .config
+            .checkpoint
+            .dir
+            .join(checkpoint::folder_name(step));
         // An attempt takes a step at most once, so no two saves share an id.
         let save_id = format!("{}-{step}", self.attempt);
         let pieces: Vec<PieceData<'_>> = staged.iter().map(piece).collect();

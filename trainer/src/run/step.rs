@@ -45,7 +45,9 @@ impl Step<'_> {
         let last_layer = self.decoder.layers() - 1;
         let mut loss = Loss::default();
         let mut agreement = Agreement::default();
-        let mut verdict = Verdict::Skip { reason: "the step has no control action" };
+        let mut verdict = Verdict::Skip {
+            reason: "the step has no control action",
+        };
         let mut control_clock = CommClock::default();
         let mut optimizer = Duration::ZERO;
 
@@ -63,7 +65,11 @@ impl Step<'_> {
                 Action::Control => {
                     let gradient = self.zero.sum_of_squares()?;
                     let stop_requested = self.stop_requested;
-                    let mine = Contribution { loss, gradient, stop_requested };
+                    let mine = Contribution {
+                        loss,
+                        gradient,
+                        stop_requested,
+                    };
                     agreement = control::agree(self.world, mine, &mut control_clock)?;
                     verdict = agreement.verdict(self.clip_norm);
                 }
@@ -76,13 +82,19 @@ impl Step<'_> {
         }
         let mut comm = self.zero.take_clock();
         comm += control_clock;
-        Ok(StepReport { agreement, verdict, comm, optimizer })
+        Ok(StepReport {
+            agreement,
+            verdict,
+            comm,
+            optimizer,
+        })
     }
 
     fn forward(&mut self, micro_batch: usize, layer: usize) -> Result<(), RunError> {
         let weights = self.zero.weights(layer)?;
         let batch = &self.batches[micro_batch];
-        self.decoder.forward(layer, &weights, batch, self.rope, self.activations)?;
+        self.decoder
+            .forward(layer, &weights, batch, self.rope, self.activations)?;
         Ok(())
     }
 
@@ -90,16 +102,25 @@ impl Step<'_> {
         let layer = self.decoder.layers() - 1;
         let weights = self.zero.weights(layer)?;
         let mut gradients = self.zero.gradients(layer)?;
-        let objective = Objective::LossAndGradient { gradients: &mut gradients };
+        let objective = Objective::LossAndGradient {
+            gradients: &mut gradients,
+        };
         let batch = &self.batches[micro_batch];
-        Ok(self.decoder.head(&weights, batch, self.activations, objective)?)
+        Ok(self
+            .decoder
+            .head(&weights, batch, self.activations, objective)?)
     }
 
     fn backward(&mut self, micro_batch: usize, layer: usize) -> Result<(), RunError> {
         let weights = self.zero.weights(layer)?;
         let mut gradients = self.zero.gradients(layer)?;
         let batch = &self.batches[micro_batch];
-        let Self { decoder, rope, activations, .. } = self;
+        let Self {
+            decoder,
+            rope,
+            activations,
+            ..
+        } = self;
         decoder.backward(layer, &weights, &mut gradients, batch, rope, activations)?;
         Ok(())
     }
@@ -107,7 +128,10 @@ impl Step<'_> {
     fn update(&mut self, unit: usize, verdict: Verdict) -> Result<(), RunError> {
         match verdict {
             Verdict::Update { gradient_scale } => {
-                let adamw = AdamW { grad_scale: gradient_scale, ..self.adamw };
+                let adamw = AdamW {
+                    grad_scale: gradient_scale,
+                    ..self.adamw
+                };
                 self.zero.update(unit, &adamw)?;
             }
             Verdict::Skip { .. } => self.zero.skip(unit)?,

@@ -140,11 +140,24 @@ impl<'a> Trainer<'a> {
         }
         let left = stage.steps - self.progress.step_in_stage;
         let cursor = &self.progress.cursor;
-        let feed =
-            Feed::new(&self.dataset, cursor, stage, left, self.progress.samples, &self.ranks)?;
+        let feed = Feed::new(
+            &self.dataset,
+            cursor,
+            stage,
+            left,
+            self.progress.samples,
+            &self.ranks,
+        )?;
         let (units, decoder) = (&self.units, &self.decoder);
-        let entered =
-            Stage::new(config, index, self.ranks.ranks, units, decoder, feed, self.device)?;
+        let entered = Stage::new(
+            config,
+            index,
+            self.ranks.ranks,
+            units,
+            decoder,
+            feed,
+            self.device,
+        )?;
         tracing::info!(
             "stage {} | seq_len {} | rope base {} | {} steps of {} tokens | {} micro-batches of {} \
              samples per rank",
@@ -156,7 +169,11 @@ impl<'a> Trainer<'a> {
             stage.accumulation(self.ranks.ranks),
             stage.micro_batch
         );
-        let from = self.progress.last_stage.as_ref().map(|mark| mark.name.clone());
+        let from = self
+            .progress
+            .last_stage
+            .as_ref()
+            .map(|mark| mark.name.clone());
         if from.as_ref() != Some(&stage.name) {
             self.event(Event::StageSwitch {
                 step: self.progress.step,
@@ -176,7 +193,10 @@ impl<'a> Trainer<'a> {
         // The leader writes the lock, the others read what it wrote.
         let admitted = self.ranks.in_turn(|| Ok(self.dataset.admit_new_files()?))?;
         if new > 0 {
-            tracing::info!("{new} new files enter the data, now {}", admitted.fingerprint());
+            tracing::info!(
+                "{new} new files enter the data, now {}",
+                admitted.fingerprint()
+            );
         }
         self.dataset = admitted;
         Ok(())
@@ -235,7 +255,10 @@ impl<'a> Trainer<'a> {
                     first_sample: data.first_sample,
                     samples: data.samples,
                 });
-                self.event(Event::Skip { step: self.progress.step, reason: reason.to_owned() })?;
+                self.event(Event::Skip {
+                    step: self.progress.step,
+                    reason: reason.to_owned(),
+                })?;
             }
         }
         Ok(())
@@ -249,7 +272,9 @@ impl<'a> Trainer<'a> {
         lr: f64,
         step_seconds: f64,
     ) -> Result<(), RunError> {
-        let Some(metrics) = &mut self.metrics else { return Ok(()) };
+        let Some(metrics) = &mut self.metrics else {
+            return Ok(());
+        };
         let tokens_per_second = stage.config.batch_tokens as f64 / step_seconds;
         let record = StepRecord {
             step: self.progress.step,
@@ -310,7 +335,10 @@ impl<'a> Trainer<'a> {
 
     /// A path as people see it: relative to the run directory where it lies inside.
     pub(super) fn shown(&self, path: &Path) -> String {
-        path.strip_prefix(&self.config.run.dir).unwrap_or(path).display().to_string()
+        path.strip_prefix(&self.config.run.dir)
+            .unwrap_or(path)
+            .display()
+            .to_string()
     }
 
     /// Says how the run ended.
@@ -320,7 +348,11 @@ impl<'a> Trainer<'a> {
             Ok(Outcome::Stopped) => (StopReason::Requested, None),
             Err(error) => (StopReason::Failed, Some(error.to_string())),
         };
-        self.event(Event::Stop { step: self.progress.step, reason, detail })
+        self.event(Event::Stop {
+            step: self.progress.step,
+            reason,
+            detail,
+        })
     }
 }
 

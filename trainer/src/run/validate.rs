@@ -24,15 +24,21 @@ impl Trainer<'_> {
             for layer in 0..last_layer {
                 let weights = self.zero.weights(layer)?;
                 let (rope, activations) = (&stage.rope, &mut stage.activations);
-                self.decoder.forward(layer, &weights, batch, rope, activations)?;
+                self.decoder
+                    .forward(layer, &weights, batch, rope, activations)?;
             }
             let weights = self.zero.weights(last_layer)?;
             let activations = &mut stage.activations;
-            loss += self.decoder.head(&weights, batch, activations, Objective::Loss)?;
+            loss += self
+                .decoder
+                .head(&weights, batch, activations, Objective::Loss)?;
         }
         let mine = [loss.sum, loss.targets as f64];
         let sums = control::sum(&self.ranks.world, &mine, &mut CommClock::default())?;
-        let loss = Loss { sum: sums[0], targets: sums[1] as u64 };
+        let loss = Loss {
+            sum: sums[0],
+            targets: sums[1] as u64,
+        };
         if loss.targets == 0 {
             return Ok(());
         }

@@ -17,7 +17,9 @@ pub struct Golden {
 }
 
 fn path(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(name)
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("../tests/golden")
+        .join(name)
 }
 
 impl Golden {
@@ -38,13 +40,18 @@ impl Golden {
 
     pub fn i32(&self, name: &str) -> (Vec<usize>, Vec<i32>) {
         let (shape, bytes) = self.tensor(name, Stored::I32);
-        let values = bytes.chunks_exact(4).map(|b| i32::from_le_bytes(b.try_into().unwrap()));
+        let values = bytes
+            .chunks_exact(4)
+            .map(|b| i32::from_le_bytes(b.try_into().unwrap()));
         (shape, values.collect())
     }
 
     pub fn f32(&self, name: &str) -> Vec<f32> {
         let (_, bytes) = self.tensor(name, Stored::F32);
-        bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+        bytes
+            .chunks_exact(4)
+            .map(|b| f32::from_le_bytes(b.try_into().unwrap()))
+            .collect()
     }
 
     /// The batches stored under `prefix` (`tokens`, `targets`, `positions`): one per leading index,
@@ -53,7 +60,9 @@ impl Golden {
         let (shape, tokens) = self.i32(&format!("{prefix}tokens"));
         let (_, targets) = self.i32(&format!("{prefix}targets"));
         let (_, positions) = self.i32(&format!("{prefix}positions"));
-        let [rows, seq_len] = shape[shape.len() - 2..] else { panic!("batches have rows") };
+        let [rows, seq_len] = shape[shape.len() - 2..] else {
+            panic!("batches have rows")
+        };
         let wide = |values: &[i32]| values.iter().map(|&v| i64::from(v)).collect::<Vec<_>>();
         let size = rows * seq_len;
         (0..tokens.len() / size)
@@ -61,7 +70,13 @@ impl Golden {
                 let range = index * size..(index + 1) * size;
                 let starts: Vec<Vec<u32>> = positions[range.clone()]
                     .chunks(seq_len)
-                    .map(|row| (0..).zip(row).filter(|&(_, &p)| p == 0).map(|(i, _)| i).collect())
+                    .map(|row| {
+                        (0..)
+                            .zip(row)
+                            .filter(|&(_, &p)| p == 0)
+                            .map(|(i, _)| i)
+                            .collect()
+                    })
                     .collect();
                 let (tokens, targets) = (wide(&tokens[range.clone()]), wide(&targets[range]));
                 Batch::new(&tokens, &targets, &starts, seq_len, tch::Device::Cpu).unwrap()
@@ -103,5 +118,9 @@ pub fn model(facts: &Value) -> (ModelConfig, f64, Scales) {
 
 /// The numbers of a JSON list.
 pub fn numbers(list: &Value) -> Vec<f64> {
-    list.as_array().unwrap().iter().map(|value| value.as_f64().unwrap()).collect()
+    list.as_array()
+        .unwrap()
+        .iter()
+        .map(|value| value.as_f64().unwrap())
+        .collect()
 }

@@ -42,7 +42,12 @@ impl Tiny {
         })
         .unwrap();
         let rope = RopeTable::new(rope_base, config.head_dim, 4096).unwrap();
-        Self { decoder, zero, rope, recompute: false }
+        Self {
+            decoder,
+            zero,
+            rope,
+            recompute: false,
+        }
     }
 
     pub fn with_recompute(mut self) -> Self {
@@ -51,14 +56,18 @@ impl Tiny {
     }
 
     pub fn activations(&self, batch: &Batch) -> Activations {
-        self.decoder.activations(batch.token_count(), self.recompute, Device::Cpu).unwrap()
+        self.decoder
+            .activations(batch.token_count(), self.recompute, Device::Cpu)
+            .unwrap()
     }
 
     /// Runs embedding and blocks.
     pub fn forward(&mut self, batch: &Batch, activations: &mut Activations) {
         for layer in 0..self.decoder.layers() - 1 {
             let weights = self.zero.weights(layer).unwrap();
-            self.decoder.forward(layer, &weights, batch, &self.rope, activations).unwrap();
+            self.decoder
+                .forward(layer, &weights, batch, &self.rope, activations)
+                .unwrap();
         }
     }
 
@@ -67,7 +76,10 @@ impl Tiny {
         let mut activations = self.activations(batch);
         self.forward(batch, &mut activations);
         let weights = self.zero.weights(self.decoder.layers() - 1).unwrap();
-        let logits = self.decoder.logits(&weights, rows, &mut activations).unwrap();
+        let logits = self
+            .decoder
+            .logits(&weights, rows, &mut activations)
+            .unwrap();
         Vec::try_from(logits.flatten(0, -1)).unwrap()
     }
 
@@ -75,7 +87,9 @@ impl Tiny {
         let mut activations = self.activations(batch);
         self.forward(batch, &mut activations);
         let weights = self.zero.weights(self.decoder.layers() - 1).unwrap();
-        self.decoder.head(&weights, batch, &mut activations, Objective::Loss).unwrap()
+        self.decoder
+            .head(&weights, batch, &mut activations, Objective::Loss)
+            .unwrap()
     }
 
     /// The loss of a batch and the gradients of its mean, by tensor; frozen tensors are absent.
@@ -85,13 +99,20 @@ impl Tiny {
         let last = self.decoder.layers() - 1;
         let weights = self.zero.weights(last).unwrap();
         let mut gradients = self.zero.gradients(last).unwrap();
-        let objective = Objective::LossAndGradient { gradients: &mut gradients };
-        let loss = self.decoder.head(&weights, batch, &mut activations, objective).unwrap();
+        let objective = Objective::LossAndGradient {
+            gradients: &mut gradients,
+        };
+        let loss = self
+            .decoder
+            .head(&weights, batch, &mut activations, objective)
+            .unwrap();
         for layer in (0..=last).rev() {
             let weights = self.zero.weights(layer).unwrap();
             if self.recompute && layer != 0 && layer != last {
                 let (rope, activations) = (&self.rope, &mut activations);
-                self.decoder.forward(layer, &weights, batch, rope, activations).unwrap();
+                self.decoder
+                    .forward(layer, &weights, batch, rope, activations)
+                    .unwrap();
             }
             let mut gradients = self.zero.gradients(layer).unwrap();
             let (rope, activations) = (&self.rope, &mut activations);
@@ -101,7 +122,9 @@ impl Tiny {
         }
         let mut tensors = self.zero.gradients_by_name();
         for values in tensors.values_mut() {
-            values.iter_mut().for_each(|value| *value /= loss.targets as f32);
+            values
+                .iter_mut()
+                .for_each(|value| *value /= loss.targets as f32);
         }
         (loss, tensors)
     }

@@ -40,11 +40,21 @@ impl Zero {
         let (index, members) = (lane.index(), lane.size());
         let map = ShardMap::equal_slices(units, members);
         let states = units.units.iter().enumerate().map(|(unit, spec)| {
-            UnitState::new(spec, map.slice(unit, index), map.padded_len(unit), compute, device)
+            UnitState::new(
+                spec,
+                map.slice(unit, index),
+                map.padded_len(unit),
+                compute,
+                device,
+            )
         });
         Ok(Self {
             units: states.collect::<Result<_, _>>()?,
-            layers: units.layers.iter().map(|layer| layer.units.clone()).collect(),
+            layers: units
+                .layers
+                .iter()
+                .map(|layer| layer.units.clone())
+                .collect(),
             index,
             members,
             lane,
@@ -58,8 +68,16 @@ impl Zero {
     /// # Errors
     /// When a gather failed.
     pub fn weights(&mut self, layer: usize) -> Result<LayerWeights, ZeroError> {
-        let Self { units, layers, clock, .. } = self;
-        layers[layer].iter().map(|&unit| units[unit].weight_views(clock)).collect()
+        let Self {
+            units,
+            layers,
+            clock,
+            ..
+        } = self;
+        layers[layer]
+            .iter()
+            .map(|&unit| units[unit].weight_views(clock))
+            .collect()
     }
 
     /// Views of the gradients of a layer's units.
@@ -67,8 +85,16 @@ impl Zero {
     /// # Errors
     /// When a reduction failed.
     pub fn gradients(&mut self, layer: usize) -> Result<LayerGradients, ZeroError> {
-        let Self { units, layers, clock, .. } = self;
-        layers[layer].iter().map(|&unit| units[unit].gradient_views(clock)).collect()
+        let Self {
+            units,
+            layers,
+            clock,
+            ..
+        } = self;
+        layers[layer]
+            .iter()
+            .map(|&unit| units[unit].gradient_views(clock))
+            .collect()
     }
 
     /// Starts to reduce the gradient of `unit`: its slice arrives summed at the owner.
@@ -76,8 +102,16 @@ impl Zero {
     /// # Errors
     /// When the lane refuses it or has failed.
     pub fn reduce(&mut self, unit: usize) -> Result<(), ZeroError> {
-        let Self { units, lane, wire, clock, .. } = self;
-        units[unit].gradients.start(clock, |buffer| lane.reduce_scatter(buffer, *wire))
+        let Self {
+            units,
+            lane,
+            wire,
+            clock,
+            ..
+        } = self;
+        units[unit]
+            .gradients
+            .start(clock, |buffer| lane.reduce_scatter(buffer, *wire))
     }
 
     /// Starts to gather the weights of `unit` from their owners.
@@ -85,8 +119,12 @@ impl Zero {
     /// # Errors
     /// When the lane refuses it or has failed.
     pub fn gather(&mut self, unit: usize) -> Result<(), ZeroError> {
-        let Self { units, lane, clock, .. } = self;
-        units[unit].weights.start(clock, |buffer| lane.all_gather(buffer))
+        let Self {
+            units, lane, clock, ..
+        } = self;
+        units[unit]
+            .weights
+            .start(clock, |buffer| lane.all_gather(buffer))
     }
 
     /// Waits for whatever of `unit` is under way.
@@ -139,9 +177,8 @@ impl Zero {
     /// Bytes of fp32 optimizer state (master weights and two moments) on this rank.
     pub fn optimizer_bytes(&self) -> usize {
         let bytes = |tensor: &Tensor| tensor.numel() * 4;
-        let of_unit = |unit: &UnitState| {
-            bytes(&unit.master) + bytes(&unit.exp_avg) + bytes(&unit.exp_avg_sq)
-        };
+        let of_unit =
+            |unit: &UnitState| bytes(&unit.master) + bytes(&unit.exp_avg) + bytes(&unit.exp_avg_sq);
         self.units.iter().map(of_unit).sum()
     }
 }

@@ -177,7 +177,9 @@ impl UnitState {
         let mut view = self.view(part, state, &range)?;
         let torch = torch_error(&self.name);
         // Rounds to the compute dtype where the buffer is of that.
-        Tensor::f_from_slice(values).and_then(|values| view.f_copy_(&values)).map_err(torch)
+        Tensor::f_from_slice(values)
+            .and_then(|values| view.f_copy_(&values))
+            .map_err(torch)
     }
 
     fn read(
@@ -199,8 +201,14 @@ impl Zero {
     pub fn gradients_by_name(&mut self) -> std::collections::BTreeMap<String, Vec<f32>> {
         let mut gradients = std::collections::BTreeMap::new();
         for unit in &mut self.units {
-            let Ok(buffer) = unit.gradients.ready(&mut self.clock) else { continue };
-            for part in unit.parts.iter().filter(|part| part.buffer == BufferKind::Trainable) {
+            let Ok(buffer) = unit.gradients.ready(&mut self.clock) else {
+                continue;
+            };
+            for part in unit
+                .parts
+                .iter()
+                .filter(|part| part.buffer == BufferKind::Trainable)
+            {
                 let values = slice_of(buffer, &part.range).and_then(|v| Vec::<f32>::try_from(&v));
                 gradients.insert(part.tensor.name.clone(), values.unwrap_or_default());
             }

@@ -90,9 +90,9 @@ impl UnitState {
     ) -> Result<Vec<Option<Tensor>>, ZeroError> {
         let buffer = self.gradients.ready(clock)?;
         let view = |placement: &Placement| match placement.buffer {
-            BufferKind::Trainable => {
-                matrix_view(buffer, placement).map(Some).map_err(torch_error(&self.name))
-            }
+            BufferKind::Trainable => matrix_view(buffer, placement)
+                .map(Some)
+                .map_err(torch_error(&self.name)),
             BufferKind::Frozen => Ok(None),
         };
         self.placements.iter().map(view).collect()
@@ -109,24 +109,32 @@ impl UnitState {
     }
 
     /// Updates the slice: moments, master weights, and this rank's part of the weights.
-    pub(super) fn update(
-        &mut self,
-        adamw: &AdamW,
-        clock: &mut CommClock,
-    ) -> Result<(), ZeroError> {
+    pub(super) fn update(&mut self, adamw: &AdamW, clock: &mut CommClock) -> Result<(), ZeroError> {
         let torch = torch_error(&self.name);
         let gradient = slice_of(self.gradients.ready(clock)?, &self.slice).map_err(&torch)?;
         let weights = slice_of(self.weights.ready(clock)?, &self.slice).map_err(&torch)?;
         for Segment { range, decay } in &self.segments {
             let part = |tensor: &Tensor| slice_of(tensor, range).map_err(&torch);
-            let settings = if *decay { *adamw } else { AdamW { weight_decay: 0.0, ..*adamw } };
+            let settings = if *decay {
+                *adamw
+            } else {
+                AdamW {
+                    weight_decay: 0.0,
+                    ..*adamw
+                }
+            };
             let state = adamw::State {
                 master: &mut part(&self.master)?,
                 exp_avg: &mut part(&self.exp_avg)?,
                 exp_avg_sq: &mut part(&self.exp_avg_sq)?,
             };
-            adamw::step(&settings, state, &part(&gradient)?, Some(&mut part(&weights)?))
-                .map_err(kernel_error(&self.name))?;
+            adamw::step(
+                &settings,
+                state,
+                &part(&gradient)?,
+                Some(&mut part(&weights)?),
+            )
+            .map_err(kernel_error(&self.name))?;
         }
         Ok(())
     }
@@ -149,7 +157,9 @@ impl UnitState {
 /// they may join either neighbour.
 fn segments(parts: &[Part], slice: &Range<usize>) -> Vec<Segment> {
     let mut segments: Vec<Segment> = Vec::new();
-    let trainable = parts.iter().filter(|part| part.buffer == BufferKind::Trainable);
+    let trainable = parts
+        .iter()
+        .filter(|part| part.buffer == BufferKind::Trainable);
     for part in trainable {
         let start = part.range.start.max(slice.start);
         let end = part.range.end.min(slice.end);
@@ -168,7 +178,9 @@ fn segments(parts: &[Part], slice: &Range<usize>) -> Vec<Segment> {
 fn matrix_view(buffer: &Tensor, placement: &Placement) -> Result<Tensor, tch::TchError> {
     let shape: Vec<i64> = placement.shape.iter().map(|&size| size as i64).collect();
     let length: i64 = shape.iter().product();
-    buffer.f_narrow(0, placement.offset as i64, length)?.f_view(shape.as_slice())
+    buffer
+        .f_narrow(0, placement.offset as i64, length)?
+        .f_view(shape.as_slice())
 }
 
 pub(super) fn slice_of(buffer: &Tensor, range: &Range<usize>) -> Result<Tensor, tch::TchError> {
@@ -176,11 +188,17 @@ pub(super) fn slice_of(buffer: &Tensor, range: &Range<usize>) -> Result<Tensor, 
 }
 
 pub(super) fn torch_error(unit: &str) -> impl Fn(tch::TchError) -> ZeroError + '_ {
-    |source| ZeroError::Torch { unit: unit.to_owned(), source }
+    |source| ZeroError::Torch {
+        unit: unit.to_owned(),
+        source,
+    }
 }
 
 pub(super) fn kernel_error(unit: &str) -> impl Fn(oxitron_kernels::Error) -> ZeroError + '_ {
-    |source| ZeroError::Kernel { unit: unit.to_owned(), source }
+    |source| ZeroError::Kernel {
+        unit: unit.to_owned(),
+        source,
+    }
 }
 
 #[cfg(test)]
@@ -196,17 +214,31 @@ mod tests {
             decay,
             trainable: true,
         };
-        Part { tensor, buffer: BufferKind::Trainable, range }
+        Part {
+            tensor,
+            buffer: BufferKind::Trainable,
+            range,
+        }
     }
 
     #[test]
     fn segments_follow_decay_and_stay_inside_the_slice() {
-        let parts = [part(0..100, false), part(128..300, true), part(384..500, true)];
+        let parts = [
+            part(0..100, false),
+            part(128..300, true),
+            part(384..500, true),
+        ];
         assert_eq!(
             segments(&parts, &(64..448)),
             [
-                Segment { range: 0..36, decay: false },
-                Segment { range: 64..384, decay: true },
+                Segment {
+                    range: 0..36,
+                    decay: false
+                },
+                Segment {
+                    range: 64..384,
+                    decay: true
+                },
             ]
         );
         assert_eq!(segments(&parts, &(512..576)), []);

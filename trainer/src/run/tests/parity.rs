@@ -23,7 +23,11 @@ fn twenty_steps_follow_pytorch() {
             rope_base,
             dtype: Dtype::Fp32,
             weights: Weights::CounterHash(scales),
-            shape: StepShape { accumulation: 2, overlap: true, recompute: false },
+            shape: StepShape {
+                accumulation: 2,
+                overlap: true,
+                recompute: false,
+            },
             tokens: micro_batches[0].token_count(),
             clip_norm: facts["clip_norm"].as_f64().unwrap(),
         };
@@ -36,17 +40,26 @@ fn twenty_steps_follow_pytorch() {
             let loss = (report.agreement.loss.mean() / losses[step] - 1.0).abs();
             let norm = (report.agreement.grad_norm / norms[step] - 1.0).abs();
             assert!(loss < BOUND, "{case} step {step}: loss differs by {loss:e}");
-            assert!(norm < BOUND, "{case} step {step}: gradient norm differs by {norm:e}");
+            assert!(
+                norm < BOUND,
+                "{case} step {step}: gradient norm differs by {norm:e}"
+            );
             worst = (worst.0.max(loss), worst.1.max(norm));
         }
-        println!("{case}: losses within {:.1e}, gradient norms within {:.1e}", worst.0, worst.1);
+        println!(
+            "{case}: losses within {:.1e}, gradient norms within {:.1e}",
+            worst.0, worst.1
+        );
 
         let weights = assemble(runner.zero.stage().unwrap());
         for (name, expected) in facts["weights"].as_object().unwrap() {
             let change = expected["change_norm"].as_f64().unwrap();
             for (which, expected) in numbers(&expected["projections"]).into_iter().enumerate() {
                 let error = (projection(name, which, &weights[name]) - expected).abs() / change;
-                assert!(error < 1e-3, "{case} {name}: off by {error:e} of its change");
+                assert!(
+                    error < 1e-3,
+                    "{case} {name}: off by {error:e} of its change"
+                );
             }
         }
     }

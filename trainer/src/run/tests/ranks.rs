@@ -31,9 +31,16 @@ fn samples(vocab: usize) -> Vec<Sample> {
                 _ => -100,
             };
             (
-                tokens[range.clone()].iter().map(|&token| i64::from(token)).collect(),
+                tokens[range.clone()]
+                    .iter()
+                    .map(|&token| i64::from(token))
+                    .collect(),
                 range.clone().map(target).collect(),
-                range.clone().filter(begins).map(|i| (i - range.start) as u32).collect(),
+                range
+                    .clone()
+                    .filter(begins)
+                    .map(|i| (i - range.start) as u32)
+                    .collect(),
             )
         })
         .collect()
@@ -43,8 +50,9 @@ fn samples(vocab: usize) -> Vec<Sample> {
 fn micro_batches(samples: &[Sample], rank: usize, ranks: usize, accumulation: usize) -> Vec<Batch> {
     let per_rank = samples.len().div_ceil(ranks).next_multiple_of(accumulation);
     let empty: Sample = (vec![0; SEQ_LEN], vec![-100; SEQ_LEN], vec![0]);
-    let mine: Vec<&Sample> =
-        (0..per_rank).map(|slot| samples.get(rank * per_rank + slot).unwrap_or(&empty)).collect();
+    let mine: Vec<&Sample> = (0..per_rank)
+        .map(|slot| samples.get(rank * per_rank + slot).unwrap_or(&empty))
+        .collect();
     mine.chunks(per_rank / accumulation)
         .map(|slots| {
             let tokens: Vec<i64> = slots.iter().flat_map(|s| s.0.clone()).collect();
@@ -71,7 +79,11 @@ fn train(model: &ModelConfig, ranks: usize, accumulation: usize, overlap: bool) 
         rope_base: 10_000.0,
         dtype: Dtype::Fp32,
         weights: Weights::Seed(7),
-        shape: StepShape { accumulation, overlap, recompute: false },
+        shape: StepShape {
+            accumulation,
+            overlap,
+            recompute: false,
+        },
         tokens: per_rank / accumulation * SEQ_LEN,
         clip_norm: 1.0,
     };
@@ -96,18 +108,35 @@ fn train(model: &ModelConfig, ranks: usize, accumulation: usize, overlap: bool) 
     };
     let mut results = std::thread::scope(|scope| {
         let comms = Comm::threads(ranks).unwrap();
-        let threads: Vec<_> = comms.into_iter().map(|comm| scope.spawn(move || run(comm))).collect();
-        threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+        let threads: Vec<_> = comms
+            .into_iter()
+            .map(|comm| scope.spawn(move || run(comm)))
+            .collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap())
+            .collect::<Vec<_>>()
     });
     for (rank, (_, reports, ..)) in results.iter().enumerate() {
-        assert_eq!(reports, &results[0].1, "rank {rank} saw other figures than rank 0");
+        assert_eq!(
+            reports, &results[0].1,
+            "rank {rank} saw other figures than rank 0"
+        );
     }
     Trained {
         losses: results[0].1.iter().map(|report| report.0).collect(),
         norms: results[0].1.iter().map(|report| report.1).collect(),
         optimizer_bytes: results.iter().map(|result| result.3).collect(),
-        initial: assemble(results.iter_mut().flat_map(|result| std::mem::take(&mut result.0))),
-        weights: assemble(results.iter_mut().flat_map(|result| std::mem::take(&mut result.2))),
+        initial: assemble(
+            results
+                .iter_mut()
+                .flat_map(|result| std::mem::take(&mut result.0)),
+        ),
+        weights: assemble(
+            results
+                .iter_mut()
+                .flat_map(|result| std::mem::take(&mut result.2)),
+        ),
     }
 }
 
@@ -123,11 +152,17 @@ fn assert_same(reference: &Trained, other: &Trained, what: &str) {
     let mut worst = 0f64;
     for (step, (a, b)) in reference.losses.iter().zip(&other.losses).enumerate() {
         let error = (b / a - 1.0).abs();
-        assert!(error <= 1e-5, "{what}: loss of step {step} differs by {error:e}");
+        assert!(
+            error <= 1e-5,
+            "{what}: loss of step {step} differs by {error:e}"
+        );
         worst = worst.max(error);
     }
     for (a, b) in reference.norms.iter().zip(&other.norms) {
-        assert!((b / a - 1.0).abs() <= 1e-4, "{what}: gradient norms {a} and {b}");
+        assert!(
+            (b / a - 1.0).abs() <= 1e-4,
+            "{what}: gradient norms {a} and {b}"
+        );
     }
     for (name, weights) in &reference.weights {
         let error = relative_error(&other.weights[name], weights);
@@ -141,7 +176,10 @@ fn the_mesh_changes_nothing_but_rounding() {
     for tied in [false, true] {
         let model = model(tied);
         let reference = train(&model, 1, 1, true);
-        assert!(reference.losses[STEPS - 1] < reference.losses[0] - 0.5, "it learns");
+        assert!(
+            reference.losses[STEPS - 1] < reference.losses[0] - 0.5,
+            "it learns"
+        );
         for (ranks, accumulation) in [(1, 2), (1, 4), (2, 1), (2, 2), (3, 1), (3, 2), (4, 1)] {
             let other = train(&model, ranks, accumulation, true);
             let what = format!("tied {tied}, {ranks} ranks, {accumulation} micro-batches");

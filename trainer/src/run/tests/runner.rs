@@ -66,7 +66,9 @@ impl Runner {
         })
         .unwrap();
         Self {
-            activations: decoder.activations(setting.tokens, shape.recompute, Device::Cpu).unwrap(),
+            activations: decoder
+                .activations(setting.tokens, shape.recompute, Device::Cpu)
+                .unwrap(),
             rope: RopeTable::new(setting.rope_base, model.head_dim, setting.tokens).unwrap(),
             actions: emit_step(&units, shape),
             clip_norm: setting.clip_norm,
@@ -109,11 +111,19 @@ impl Runner {
 /// The master weights that the ranks hold together.
 pub fn assemble(staged: impl IntoIterator<Item = Staged>) -> Tensors {
     let mut tensors = Tensors::new();
-    for piece in staged.into_iter().filter(|piece| piece.state == StateKind::Master) {
+    for piece in staged
+        .into_iter()
+        .filter(|piece| piece.state == StateKind::Master)
+    {
         let length = piece.shape.iter().product();
-        let tensor = tensors.entry(piece.tensor).or_insert_with(|| vec![f32::NAN; length]);
+        let tensor = tensors
+            .entry(piece.tensor)
+            .or_insert_with(|| vec![f32::NAN; length]);
         tensor[piece.range].copy_from_slice(&piece.data);
     }
-    assert!(tensors.values().flatten().all(|value| !value.is_nan()), "a piece is missing");
+    assert!(
+        tensors.values().flatten().all(|value| !value.is_nan()),
+        "a piece is missing"
+    );
     tensors
 }
