@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 #[non_exhaustive]
 pub enum Error {
     /// The operating system refused.
-    #[error("cannot {action} {}: {reason}", path.display())]
+    #[error("cannot {action} {}: {reason}{}", path.display(), io_remedy(reason))]
     Io {
         /// What was tried, in words ("read", "create the folder", …).
         action: &'static str,
@@ -234,6 +234,23 @@ pub enum Error {
     /// A background thread of this crate ended without a result.
     #[error("the {0} thread ended unexpectedly; see the messages above")]
     Thread(&'static str),
+}
+
+/// What a user can do about the common answers of the operating system, to follow them in a
+/// message.
+pub fn io_remedy(answer: &std::io::Error) -> &'static str {
+    use std::io::ErrorKind;
+    match answer.kind() {
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
+            "; check the owner and permissions of the folder, or choose another one"
+        }
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
+            "; free space on this file system, or choose a folder on another one"
+        }
+        ErrorKind::NotFound => "; check the path",
+        ErrorKind::NotADirectory | ErrorKind::AlreadyExists => "; a part of this path is a file",
+        _ => "",
+    }
 }
 
 /// This crate's result.

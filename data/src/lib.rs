@@ -65,7 +65,7 @@ mod tests;
 pub use assign::{Assignment, assign};
 pub use cursor::{Cursor, Dropped, SourceCursor};
 pub use dataset::{Dataset, DatasetSpec, SourceSpec, SourceSummary};
-pub use error::{Error, Result};
+pub use error::{Error, Result, io_remedy};
 pub use inspect::{FileFigures, Inspection, inspect};
 pub use loader::{Loader, LoaderOptions, RankBatch};
 pub use open::resolve;

@@ -92,8 +92,8 @@ pub fn tokenize(
     })?;
     if shards.is_empty() {
         return Err(Error::EmptyCorpus(format!(
-            "{} files, but no text in them ({} binary, {} empty)",
-            corpus.files().len(),
+            "{} hold no text ({} binary files, {} empty documents); name inputs with text",
+            corpus.describe(),
             read.binary,
             read.empty
         )));

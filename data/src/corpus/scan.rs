@@ -59,9 +59,10 @@ impl Corpus {
         files.dedup_by(|a, b| a.path == b.path);
         if files.is_empty() {
             return Err(Error::EmptyCorpus(format!(
-                "{} inputs, {} files of other extensions, {} too large; check the paths, \
+                "{} input(s){}: {} files of other extensions, {} too large; check the paths, \
                  --extensions and --max-file-bytes",
                 options.inputs.len(),
+                first(options.inputs.first()),
                 left_out.other_extension,
                 left_out.too_large
             )));
@@ -71,6 +72,12 @@ impl Corpus {
             files,
             left_out,
         })
+    }
+
+    /// Number and first of the files, for messages.
+    pub(crate) fn describe(&self) -> String {
+        let path = self.files.first().map(|file| &file.path);
+        format!("{} file(s){}", self.files.len(), first(path))
     }
 
     /// The files in reading order.
@@ -87,6 +94,11 @@ impl Corpus {
     pub fn bytes(&self) -> u64 {
         self.files.iter().map(|file| file.bytes).sum()
     }
+}
+
+/// ` (first: PATH)`, or nothing.
+fn first(path: Option<&PathBuf>) -> String {
+    path.map_or_else(String::new, |path| format!(" (first: {})", path.display()))
 }
 
 /// The files of one input.

@@ -106,9 +106,10 @@ pub fn train(
         return Err(error);
     }
     if texts.documents == 0 {
-        return Err(Error::EmptyCorpus(
-            "its files hold no text to learn from".to_string(),
-        ));
+        return Err(Error::EmptyCorpus(format!(
+            "{} hold no text to learn from; name inputs with text",
+            corpus.describe()
+        )));
     }
     let count_seconds = progress.seconds();
     progress.phase("finding merges");

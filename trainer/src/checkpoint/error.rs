@@ -4,6 +4,8 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use oxitron_data::io_remedy;
+
 use super::StateKind;
 
 /// An error of this module. Each message names the file or tensor, what was expected, what was
@@ -168,22 +170,5 @@ impl Error {
             path,
             cause,
         }
-    }
-}
-
-/// What a user can do about the common causes.
-fn io_remedy(cause: &io::Error) -> &'static str {
-    match cause.kind() {
-        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
-            "; check the owner and permissions of the folder, or choose another one"
-        }
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            "; free space on this file system, or choose a folder on another one"
-        }
-        io::ErrorKind::NotFound => "; check the path",
-        io::ErrorKind::NotADirectory | io::ErrorKind::AlreadyExists => {
-            "; a part of this path is a file"
-        }
-        _ => "",
     }
 }

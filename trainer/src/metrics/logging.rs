@@ -10,6 +10,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
+use oxitron_data::io_remedy;
 use thiserror::Error;
 use tracing::Subscriber;
 use tracing_subscriber::filter::{EnvFilter, ParseError};
@@ -24,7 +25,10 @@ pub const LOG_VARIABLE: &str = "OXITRON_LOG";
 #[derive(Debug, Error)]
 pub enum LogError {
     /// The folder or the file of a rank's log.
-    #[error("{}: cannot open the log: {source}", path.display())]
+    #[error(
+        "{}: cannot open the log: {source}{}; run.dir must be a folder that can be written",
+        path.display(), io_remedy(source)
+    )]
     Open {
         /// File or folder.
         path: PathBuf,
