@@ -53,7 +53,7 @@ fn main() -> ExitCode {
         Command::Report(args) => report::run(&args).map(done),
     };
     result.unwrap_or_else(|error| {
-        eprintln!("oxitron: {error:#}");
+        eprintln!("oxitron: {}", exit::describe(&error));
         exit::code_of(&error)
     })
 }

@@ -11,15 +11,15 @@ use std::path::PathBuf;
 pub enum ConfigError {
     /// The file could not be read at all.
     #[error(
-        "cannot read the config {path}: {source}\n  = help: name a TOML file that exists and is \
+        "cannot read the config {path}: {reason}\n  = help: name a TOML file that exists and is \
          readable",
         path = path.display()
     )]
     Read {
         /// The file asked for.
         path: PathBuf,
-        /// What the system answered.
-        source: std::io::Error,
+        /// What the system answered. Part of the message, hence not a `source`.
+        reason: std::io::Error,
     },
     /// The text was read, but something in it is wrong; all findings of the first failing check.
     #[error("{}", join(.0))]

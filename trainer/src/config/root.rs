@@ -41,9 +41,9 @@ impl Config {
     /// # Errors
     /// [`ConfigError`] when the file cannot be read or anything in it is refused.
     pub fn load(path: &Path, sets: &[String]) -> Result<Self, ConfigError> {
-        let unreadable = |source| ConfigError::Read {
+        let unreadable = |reason| ConfigError::Read {
             path: path.to_owned(),
-            source,
+            reason,
         };
         let bytes = std::fs::read(path).map_err(unreadable)?;
         let folder = match path.parent() {
