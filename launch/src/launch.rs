@@ -95,6 +95,7 @@ fn prepare(args: &LaunchArgs) -> Result<(Job, Config)> {
         );
     }
     let config = Config::load(&args.config, &args.sets)?;
+    oxitron_trainer::run::check_ranks(&config, args.ranks as usize)?;
     let hosts = args.hosts.as_deref().map(Hosts::read).transpose()?;
     let program = std::env::current_exe().context("cannot find this program's own file")?;
     let path = args

@@ -28,4 +28,5 @@ mod validate;
 mod tests;
 
 pub use error::RunError;
+pub use stage::check_ranks;
 pub use trainer::{Options, Outcome, train};

@@ -43,7 +43,7 @@ impl<'a> Trainer<'a> {
         options: &'a Options,
     ) -> Result<Self, RunError> {
         let ranks = Ranks::new(comm)?;
-        stage::check(config, ranks.ranks)?;
+        stage::check_ranks(config, ranks.ranks)?;
         let decay = |name: &str| !config.optimizer.no_decay.matches(name);
         let trainable = |name: &str| !config.model.freeze.matches(name);
         let units = describe(&config.model, trainable, decay)?;

@@ -64,7 +64,7 @@ impl<'a> Stage<'a> {
 ///
 /// # Errors
 /// [`RunError::Plan`], with the numbers of the stage and what would fit.
-pub(super) fn check(config: &Config, ranks: usize) -> Result<(), RunError> {
+pub fn check_ranks(config: &Config, ranks: usize) -> Result<(), RunError> {
     for stage in &config.stages {
         let samples = stage.samples_per_batch();
         if samples < ranks {
