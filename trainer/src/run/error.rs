@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use oxitron_data::io_remedy;
+
 /// Why a run could not start or go on.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
@@ -33,8 +35,20 @@ pub enum RunError {
         /// The run directory.
         run_dir: PathBuf,
     },
+    /// The run has checkpoints, and none of them is sound.
+    #[error(
+        "{}: no checkpoint of this run can be used, the newest because of: {reason}\nBring one \
+         back, or move this folder away to begin the run anew.",
+        dir.display()
+    )]
+    NoneUsable {
+        /// The folder of the run's checkpoints.
+        dir: PathBuf,
+        /// What is wrong with the newest. Part of the message, hence not a `source`.
+        reason: crate::checkpoint::Error,
+    },
     /// A file or folder of the run.
-    #[error("{}: cannot {action}: {source}", path.display())]
+    #[error("{}: cannot {action}: {source}{}", path.display(), io_remedy(source))]
     Io {
         /// The file or folder.
         path: PathBuf,

@@ -21,6 +21,7 @@ use crate::config::{Config, Dtype, SourceConfig};
 use crate::convert::HfFolder;
 use crate::metrics::{self, Event, MetricsWriter};
 use crate::model::{Decoder, describe, tensor_names};
+use crate::plan::Units;
 use crate::zero::{InitialValues, StateKind, Zero};
 
 /// Where the weights of a run come from.
@@ -59,6 +60,7 @@ impl<'a> Trainer<'a> {
             Ok(None)
         })?;
         let origin = find_origin(config, &ranks, options)?;
+        ranks.together(check_origin(&origin, &units))?;
         let (run_id, attempt) = identify(config, &ranks, &origin)?;
         let dtype = choose_dtype(config, &ranks, &origin)?;
         let open_metrics = |folder: &RunFolder| {
@@ -107,12 +109,6 @@ impl<'a> Trainer<'a> {
 
     /// Fills weights and moments, and the progress of a run that goes on.
     fn fill(&mut self, origin: &Origin) -> Result<(), RunError> {
-        let names = tensor_names(&self.units);
-        let expected = || {
-            names
-                .iter()
-                .map(|(name, shape)| (name.as_str(), shape.as_slice()))
-        };
         match origin {
             Origin::Seed => {
                 let values = InitialValues {
@@ -124,7 +120,6 @@ impl<'a> Trainer<'a> {
                 })?;
             }
             Origin::Resume(checkpoint) => {
-                checkpoint.check_model(expected(), &[StateKind::Master])?;
                 self.zero.load(&mut |spec, state, range, out| {
                     checkpoint.read(&spec.name, state, range, out)
                 })?;
@@ -133,13 +128,11 @@ impl<'a> Trainer<'a> {
                 self.parent = Some(self.shown(dir));
             }
             Origin::Checkpoint(checkpoint) => {
-                checkpoint.check_model(expected(), &[StateKind::Master])?;
                 self.load_weights(|name, range, out| {
                     checkpoint.read(name, StateKind::Master, range, out)
                 })?;
             }
             Origin::HuggingFace(folder) => {
-                check_shapes(folder, expected())?;
                 self.load_weights(|name, range, out| folder.read_f32(name, range, out))?;
             }
         }
@@ -204,7 +197,21 @@ fn find_origin(config: &Config, ranks: &Ranks, options: &Options) -> Result<Orig
             );
         }
         let Some(checkpoint) = newest.checkpoint else {
-            return Ok([0, 0]);
+            // A save that did not finish is no checkpoint; one that did and cannot be read is a
+            // loss, over which the run must not begin anew in silence.
+            let unfinished =
+                |reason: &_| matches!(reason, checkpoint::Error::NotACheckpoint { .. });
+            let lost = newest
+                .rejected
+                .into_iter()
+                .find(|lost| !unfinished(&lost.reason));
+            return match lost {
+                Some(lost) => Err(RunError::NoneUsable {
+                    dir: checkpoints.clone(),
+                    reason: lost.reason,
+                }),
+                None => Ok([0, 0]),
+            };
         };
         check_config(config, &checkpoint, options)?;
         Ok([1, checkpoint.meta().step])
@@ -226,6 +233,21 @@ fn find_origin(config: &Config, ranks: &Ranks, options: &Options) -> Result<Orig
         })
     };
     ranks.together(open())
+}
+
+/// Refuses weights of another model, before anything else is opened.
+fn check_origin(origin: &Origin, units: &Units) -> Result<(), RunError> {
+    let names = tensor_names(units);
+    let expected = names
+        .iter()
+        .map(|(name, shape)| (name.as_str(), shape.as_slice()));
+    match origin {
+        Origin::Seed => Ok(()),
+        Origin::Resume(checkpoint) | Origin::Checkpoint(checkpoint) => {
+            Ok(checkpoint.check_model(expected, &[StateKind::Master])?)
+        }
+        Origin::HuggingFace(folder) => check_shapes(folder, expected),
+    }
 }
 
 /// Refuses a Hugging Face folder that holds another model than the configured one.
