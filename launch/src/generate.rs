@@ -42,14 +42,16 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         seed: args.seed,
     };
     let mut out = std::io::stdout().lock();
-    write!(out, "{}", args.prompt)?;
+    // The prompt stands before the first piece, not before a refusal.
+    let mut prompt = Some(args.prompt.as_str());
     let mut written = Ok(());
     generator.generate(&args.prompt, args.max_tokens, sampling, &mut |text| {
         if written.is_ok() {
-            written = write!(out, "{text}").and_then(|()| out.flush());
+            let prompt = prompt.take().unwrap_or_default();
+            written = write!(out, "{prompt}{text}").and_then(|()| out.flush());
         }
     })?;
     written?;
-    writeln!(out)?;
+    writeln!(out, "{}", prompt.unwrap_or_default())?;
     Ok(())
 }

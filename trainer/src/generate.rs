@@ -180,6 +180,7 @@ impl Generator {
             )));
         }
         let mut said = self.text(&tokens)?.len();
+        let mut text = String::new();
         for _ in 0..max_tokens {
             let logits = self.next_logits(&tokens)?;
             let next = choose(&logits, sampling, tokens.len() as u64);
@@ -187,7 +188,7 @@ impl Generator {
                 break;
             }
             tokens.push(next);
-            let text = self.text(&tokens)?;
+            text = self.text(&tokens)?;
             // A character may need several tokens; until then the text ends in a replacement.
             if let Some(piece) = text
                 .get(said..)
@@ -196,6 +197,10 @@ impl Generator {
                 emit(piece);
                 said = text.len();
             }
+        }
+        // What is left will not become a character any more.
+        if let Some(rest) = text.get(said..).filter(|rest| !rest.is_empty()) {
+            emit(rest);
         }
         Ok(())
     }
