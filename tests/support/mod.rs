@@ -87,6 +87,8 @@ pub fn start<S: AsRef<OsStr>>(args: &[S]) -> Running {
     let mut command = Command::new(env!("CARGO_BIN_EXE_oxitron"));
     command
         .args(args)
+        // Tests run side by side; threads that wait for each other's cores would only spin.
+        .env("OMP_NUM_THREADS", "1")
         .stdin(Stdio::null())
         .stdout(stdout.try_clone().unwrap())
         .stderr(stderr.try_clone().unwrap());
@@ -145,6 +147,19 @@ pub fn train(config: &Path, more: &[&str]) -> Output {
     run(&args)
 }
 
+/// A file or folder of `tests/golden`.
+pub fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../tests/golden")
+        .join(name)
+}
+
+/// Cuts a file to a length.
+pub fn cut(path: &Path, bytes: u64) {
+    let file = fs::File::options().write(true).open(path).unwrap();
+    file.set_len(bytes).unwrap();
+}
+
 /// A folder with a corpus, a tokenizer (no more than 512 ids) and token shards, all made by the binary.
 pub struct Fixture {
     folder: TempDir,
@@ -177,6 +192,31 @@ impl Fixture {
         .concat())
         .done();
         fixture
+    }
+
+    /// Makes an empty folder: for what is refused before any data is opened.
+    pub fn without_data() -> Self {
+        Self {
+            folder: tempfile::tempdir().unwrap(),
+        }
+    }
+
+    /// All files and folders in the folder, as paths below it, sorted.
+    pub fn files(&self) -> Vec<String> {
+        let mut files = Vec::new();
+        let mut folders = vec![self.folder.path().to_owned()];
+        while let Some(folder) = folders.pop() {
+            for entry in fs::read_dir(folder).unwrap() {
+                let path = entry.unwrap().path();
+                let name = path.strip_prefix(self.folder.path()).unwrap();
+                files.push(name.to_str().unwrap().to_owned());
+                if path.is_dir() {
+                    folders.push(path);
+                }
+            }
+        }
+        files.sort();
+        files
     }
 
     /// A path in the folder.
