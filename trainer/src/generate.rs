@@ -127,7 +127,7 @@ impl Generator {
         let lane = Comm::solo().lane(&[0])?;
         let kind = decoder.compute_kind();
         let mut zero = Zero::new(&units, lane, kind, Wire::F32, Device::Cpu)?;
-        zero.load(&mut |spec, _, range, out| read(&spec.name, range, out))?;
+        zero.load(|spec, _, range, out| read(&spec.name, range, out))?;
         Ok(Self {
             decoder,
             zero,
@@ -156,7 +156,8 @@ impl Generator {
         let Sampling {
             temperature, top_p, ..
         } = sampling;
-        if !(temperature >= 0.0 && temperature.is_finite()) || !(top_p > 0.0 && top_p <= 1.0) {
+        let possible = temperature >= 0.0 && temperature.is_finite() && top_p > 0.0 && top_p <= 1.0;
+        if !possible {
             return Err(GenerateError::Request(format!(
                 "temperature must be 0 or more and top-p above 0 and at most 1, found \
                  {temperature} and {top_p}"
@@ -328,7 +329,34 @@ fn choose(logits: &[f32], sampling: Sampling, position: u64) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
     use super::*;
+    use crate::testing::golden::{self, Golden};
+
+    /// Models that transformers wrote, sharded and untied or whole and tied, with both styles of
+    /// RoPE keys.
+    #[test]
+    fn an_imported_model_gives_the_logits_of_transformers() {
+        for name in ["hf-tiny-4", "hf-tiny-5"] {
+            let golden = Golden::with_tensors(name, &format!("{name}.logits"));
+            let mut model = Generator::open(&golden::path(name), Dtype::Fp32).unwrap();
+            let tokens: Vec<u32> = golden.i64("tokens").iter().map(|&t| t as u32).collect();
+            let expected = golden.f32("logits");
+            let vocab = expected.len() / tokens.len();
+            let mut worst = 0f64;
+            for (row, expected) in expected.chunks(vocab).enumerate() {
+                let found = model.next_logits(&tokens[..=row]).unwrap();
+                assert_eq!(found.len(), vocab);
+                for (a, b) in found.iter().zip(expected) {
+                    worst = worst.max(f64::from((a - b).abs()));
+                }
+            }
+            let bound = 1e-4 * golden.facts["logits_std"].as_f64().unwrap().max(1.0);
+            println!("{name}: logits within {worst:.1e}, bound {bound:.1e}");
+            assert!(worst <= bound, "{name}: logits differ by {worst:e}");
+        }
+    }
 
     const LOGITS: [f32; 4] = [1.0, 3.0, 2.0, -4.0];
 

@@ -46,7 +46,7 @@ impl Ranks {
     }
 
     /// The leader's value on every rank, or an error on every rank when the leader has none.
-    pub(super) fn from_leader<const N: usize>(
+    pub(super) fn leaders_choice<const N: usize>(
         &self,
         produce: impl FnOnce() -> Result<[u64; N], RunError>,
     ) -> Result<[u64; N], RunError> {

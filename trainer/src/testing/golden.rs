@@ -16,7 +16,8 @@ pub struct Golden {
     bytes: Vec<u8>,
 }
 
-fn path(name: &str) -> PathBuf {
+/// A file or folder of `tests/golden`.
+pub fn path(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
         .join("../tests/golden")
         .join(name)
@@ -24,11 +25,24 @@ fn path(name: &str) -> PathBuf {
 
 impl Golden {
     pub fn open(name: &str) -> Self {
-        let facts = fs::read(path(&format!("{name}.json"))).unwrap();
+        Self::with_tensors(name, name)
+    }
+
+    /// For a reference whose tensors lie under another name than its facts.
+    pub fn with_tensors(facts: &str, tensors: &str) -> Self {
+        let facts = fs::read(path(&format!("{facts}.json"))).unwrap();
         Self {
             facts: serde_json::from_slice(&facts).unwrap(),
-            bytes: fs::read(path(&format!("{name}.safetensors"))).unwrap(),
+            bytes: fs::read(path(&format!("{tensors}.safetensors"))).unwrap(),
         }
+    }
+
+    pub fn i64(&self, name: &str) -> Vec<i64> {
+        let (_, bytes) = self.tensor(name, Stored::I64);
+        let values = bytes
+            .chunks_exact(8)
+            .map(|b| i64::from_le_bytes(b.try_into().unwrap()));
+        values.collect()
     }
 
     fn tensor(&self, name: &str, dtype: Stored) -> (Vec<usize>, Vec<u8>) {

@@ -30,7 +30,7 @@ impl Tiny {
         let lane = Comm::solo().lane(&[0]).unwrap();
         let kind = decoder.compute_kind();
         let mut zero = Zero::new(&units, lane, kind, Wire::F32, Device::Cpu).unwrap();
-        zero.load(&mut |spec, state, range, out| {
+        zero.load(|spec, state, range, out| {
             match state {
                 StateKind::Master => {
                     let whole = counter_hash::weight(&spec.name, spec.len(), scales);

@@ -62,7 +62,7 @@ impl Zero {
     /// What `read` says, with the tensor's name; a failing copy or collective.
     pub fn load<E: std::fmt::Display>(
         &mut self,
-        read: &mut dyn FnMut(&TensorSpec, StateKind, Range<usize>, &mut [f32]) -> Result<(), E>,
+        mut read: impl FnMut(&TensorSpec, StateKind, Range<usize>, &mut [f32]) -> Result<(), E>,
     ) -> Result<(), ZeroError> {
         let mut values = Vec::new();
         for unit in &mut self.units {

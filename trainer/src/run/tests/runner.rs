@@ -53,7 +53,7 @@ impl Runner {
         let (lane, world) = (comm.lane(&everyone).unwrap(), comm.lane(&everyone).unwrap());
         let kind = decoder.compute_kind();
         let mut zero = Zero::new(&units, lane, kind, Wire::F32, Device::Cpu).unwrap();
-        zero.load(&mut |spec, state, range, out| {
+        zero.load(|spec, state, range, out| {
             match (setting.weights, state) {
                 (Weights::Seed(seed), _) => InitialValues { seed }.read(spec, state, range, out),
                 (Weights::CounterHash(scales), StateKind::Master) => {

@@ -10,31 +10,17 @@ use tch::Device;
 use super::{
     RunError,
     folder::RunFolder,
+    origin::Origin,
     progress::Progress,
     ranks::Ranks,
     stage,
     trainer::{Options, Trainer, dtype_name},
 };
-use crate::checkpoint::{self, Checkpoint, Scrutiny};
 use crate::comm::{Comm, Wire};
 use crate::config::{Config, Dtype, SourceConfig};
-use crate::convert::HfFolder;
 use crate::metrics::{self, Event, MetricsWriter};
-use crate::model::{Decoder, describe, tensor_names};
-use crate::plan::Units;
+use crate::model::{Decoder, describe};
 use crate::zero::{InitialValues, StateKind, Zero};
-
-/// Where the weights of a run come from.
-enum Origin {
-    /// The run's own checkpoint: weights, moments and progress.
-    Resume(Checkpoint),
-    /// Another checkpoint: weights alone.
-    Checkpoint(Checkpoint),
-    /// A Hugging Face folder: weights alone.
-    HuggingFace(HfFolder),
-    /// The seed.
-    Seed,
-}
 
 impl<'a> Trainer<'a> {
     /// Checks the plan, takes hold of the run directory, opens the data and fills the state.
@@ -59,8 +45,8 @@ impl<'a> Trainer<'a> {
         } else {
             Ok(None)
         })?;
-        let origin = find_origin(config, &ranks, options)?;
-        ranks.together(check_origin(&origin, &units))?;
+        let origin = Origin::find(config, &ranks, options)?;
+        ranks.together(origin.check(&units))?;
         let (run_id, attempt) = identify(config, &ranks, &origin)?;
         let dtype = choose_dtype(config, &ranks, &origin)?;
         let open_metrics = |folder: &RunFolder| {
@@ -114,13 +100,13 @@ impl<'a> Trainer<'a> {
                 let values = InitialValues {
                     seed: self.config.run.seed,
                 };
-                self.zero.load(&mut |spec, state, range, out| {
+                self.zero.load(|spec, state, range, out| {
                     values.read(spec, state, range, out);
                     Ok::<_, std::convert::Infallible>(())
                 })?;
             }
             Origin::Resume(checkpoint) => {
-                self.zero.load(&mut |spec, state, range, out| {
+                self.zero.load(|spec, state, range, out| {
                     checkpoint.read(&spec.name, state, range, out)
                 })?;
                 let (dir, stages) = (checkpoint.dir(), self.config.stages.len());
@@ -144,7 +130,7 @@ impl<'a> Trainer<'a> {
         &mut self,
         read: impl Fn(&str, Range<usize>, &mut [f32]) -> Result<(), E>,
     ) -> Result<(), RunError> {
-        self.zero.load(&mut |spec, state, range, out| match state {
+        self.zero.load(|spec, state, range, out| match state {
             StateKind::Master => read(&spec.name, range, out),
             StateKind::ExpAvg | StateKind::ExpAvgSq => {
                 out.fill(0.0);
@@ -184,122 +170,9 @@ impl<'a> Trainer<'a> {
     }
 }
 
-/// Where the weights come from: the leader looks, the others open the same.
-fn find_origin(config: &Config, ranks: &Ranks, options: &Options) -> Result<Origin, RunError> {
-    let checkpoints = &config.checkpoint.dir;
-    let [found, step] = ranks.from_leader(|| {
-        let newest = checkpoint::newest_valid(checkpoints, Scrutiny::Structure)?;
-        for rejected in &newest.rejected {
-            tracing::warn!(
-                "{} cannot be used: {}",
-                rejected.dir.display(),
-                rejected.reason
-            );
-        }
-        let Some(checkpoint) = newest.checkpoint else {
-            // A save that did not finish is no checkpoint; one that did and cannot be read is a
-            // loss, over which the run must not begin anew in silence.
-            let unfinished =
-                |reason: &_| matches!(reason, checkpoint::Error::NotACheckpoint { .. });
-            let lost = newest
-                .rejected
-                .into_iter()
-                .find(|lost| !unfinished(&lost.reason));
-            return match lost {
-                Some(lost) => Err(RunError::NoneUsable {
-                    dir: checkpoints.clone(),
-                    reason: lost.reason,
-                }),
-                None => Ok([0, 0]),
-            };
-        };
-        check_config(config, &checkpoint, options)?;
-        Ok([1, checkpoint.meta().step])
-    })?;
-    let open = || {
-        if found == 1 {
-            if config.model.init_from.is_some() {
-                tracing::info!("the run has begun, so model.init_from is not used");
-            }
-            let dir = checkpoints.join(checkpoint::folder_name(step));
-            return Ok(Origin::Resume(Checkpoint::open(dir)?));
-        }
-        Ok(match &config.model.init_from {
-            None => Origin::Seed,
-            Some(path) if path.join("config.json").is_file() => {
-                Origin::HuggingFace(HfFolder::open(path)?)
-            }
-            Some(path) => Origin::Checkpoint(checkpoint::find(path)?),
-        })
-    };
-    ranks.together(open())
-}
-
-/// Refuses weights of another model, before anything else is opened.
-fn check_origin(origin: &Origin, units: &Units) -> Result<(), RunError> {
-    let names = tensor_names(units);
-    let expected = names
-        .iter()
-        .map(|(name, shape)| (name.as_str(), shape.as_slice()));
-    match origin {
-        Origin::Seed => Ok(()),
-        Origin::Resume(checkpoint) | Origin::Checkpoint(checkpoint) => {
-            Ok(checkpoint.check_model(expected, &[StateKind::Master])?)
-        }
-        Origin::HuggingFace(folder) => check_shapes(folder, expected),
-    }
-}
-
-/// Refuses a Hugging Face folder that holds another model than the configured one.
-fn check_shapes<'t>(
-    folder: &HfFolder,
-    expected: impl Iterator<Item = (&'t str, &'t [usize])>,
-) -> Result<(), RunError> {
-    for (name, shape) in expected {
-        let found = folder.shape(name);
-        if found != Some(shape) {
-            let found = found.map_or("absent".to_owned(), |shape| format!("of shape {shape:?}"));
-            return Err(RunError::Plan(format!(
-                "{}: tensor {name} is {found}, but the configured model has shape {shape:?}; make \
-                 [model] agree with its config.json",
-                folder.dir().display()
-            )));
-        }
-    }
-    Ok(())
-}
-
-/// Compares the configuration with the one that the checkpoint was written under.
-fn check_config(
-    config: &Config,
-    checkpoint: &Checkpoint,
-    options: &Options,
-) -> Result<(), RunError> {
-    let name = format!("the configuration in {}", checkpoint.dir().display());
-    let before = Config::from_text(&checkpoint.meta().config, &name, &config.run.dir, &[])?;
-    let begun = checkpoint.meta().next_stage.unwrap_or(config.stages.len());
-    let differences = before.result_affecting_difference(config, begun)?;
-    if differences.is_empty() {
-        return Ok(());
-    }
-    let listed: Vec<String> = differences
-        .iter()
-        .map(|difference| format!("  {difference}"))
-        .collect();
-    let differences = listed.join("\n");
-    if options.allow_config_change {
-        tracing::warn!("going on with a changed configuration:\n{differences}");
-        return Ok(());
-    }
-    Err(RunError::ConfigChanged {
-        run_dir: config.run.dir.clone(),
-        differences,
-    })
-}
-
 /// The run's identity and how often it has been started.
 fn identify(config: &Config, ranks: &Ranks, origin: &Origin) -> Result<(String, u32), RunError> {
-    let [attempt, fresh] = ranks.from_leader(|| {
+    let [attempt, fresh] = ranks.leaders_choice(|| {
         let attempt = metrics::next_attempt(&config.run.dir)?;
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)
@@ -316,16 +189,20 @@ fn identify(config: &Config, ranks: &Ranks, origin: &Origin) -> Result<(String, 
 /// The dtype of weights and activations: what the configuration says; for `auto` what the run began
 /// with, or else what the leader's processor does fast. All ranks compute alike.
 fn choose_dtype(config: &Config, ranks: &Ranks, origin: &Origin) -> Result<Dtype, RunError> {
-    let recorded = match origin {
-        Origin::Resume(checkpoint) => checkpoint.meta().choices.get("dtype").cloned(),
-        _ => None,
-    };
-    let [bf16] = ranks.from_leader(|| {
-        let choose = || match recorded.as_ref().and_then(|name| name.as_str()) {
+    let recorded = origin.recorded("dtype");
+    let [bf16] = ranks.leaders_choice(|| {
+        let choose = || match recorded.as_deref() {
             Some("bf16") => Dtype::Bf16,
             Some(_) => Dtype::Fp32,
-            None if cpu_prefers_bf16().prefer => Dtype::Bf16,
-            None => Dtype::Fp32,
+            None => {
+                let preference = cpu_prefers_bf16();
+                tracing::info!("dtype auto: {}", preference.reason);
+                if preference.prefer {
+                    Dtype::Bf16
+                } else {
+                    Dtype::Fp32
+                }
+            }
         };
         Ok([u64::from(config.model.dtype.resolve(choose) == Dtype::Bf16)])
     })?;
