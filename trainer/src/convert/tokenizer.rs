@@ -9,7 +9,7 @@ use super::{Error, LlamaConfig};
 use crate::checkpoint::durable::write_file;
 use crate::checkpoint::{Attachment, Checkpoint};
 
-/// The files that are carried, verbatim.
+/// The files that are carried, verbatim but for what [`for_both_releases`] does.
 const CARRIED: [&str; 9] = [
     "tokenizer.json",
     "tokenizer.model",
@@ -50,7 +50,10 @@ pub(super) fn export(
         .attachments()
         .filter(|file| CARRIED.contains(&file.name.as_str()))
     {
-        let bytes = checkpoint.read_attachment(&file.name, MAX_BYTES)?;
+        let mut bytes = checkpoint.read_attachment(&file.name, MAX_BYTES)?;
+        if file.name == "tokenizer_config.json" {
+            bytes = for_both_releases(bytes);
+        }
         write_file(dir, &file.name, &bytes)?;
         written.push(file.name.clone());
         if file.name == "tokenizer.json" {
@@ -83,6 +86,19 @@ pub(super) fn export(
     make("tokenizer_config.json", tokenizer_config)?;
     make("special_tokens_map.json", Value::Object(special))?;
     Ok(written)
+}
+
+/// A `tokenizer_config.json` that transformers 4.x loads too. For a plain tokenizer.json 5.x writes
+/// the class `TokenizersBackend`, which 4.x refuses; `PreTrainedTokenizerFast` means the same in both.
+fn for_both_releases(bytes: Vec<u8>) -> Vec<u8> {
+    let Ok(Value::Object(mut config)) = serde_json::from_slice(&bytes) else {
+        return bytes;
+    };
+    match config.get_mut("tokenizer_class") {
+        Some(class) if *class == "TokenizersBackend" => *class = json!("PreTrainedTokenizerFast"),
+        _ => return bytes,
+    }
+    serde_json::to_vec_pretty(&config).unwrap_or(bytes)
 }
 
 /// The texts of the model's special tokens, by the names transformers gives them.

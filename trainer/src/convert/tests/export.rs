@@ -243,6 +243,28 @@ fn carried_tokenizer_files_are_verbatim() {
 }
 
 #[test]
+fn a_tokenizer_class_that_only_transformers_5_knows_is_renamed() {
+    let root = tempfile::tempdir().unwrap();
+    let at = |name: &str| root.path().join(name);
+    write_folder(
+        &at("hf"),
+        &legacy_config(true),
+        &tensors(&sizes(true), FileDtype::BF16),
+    );
+    let config = |class: &str| json!({"tokenizer_class": class, "backend": "tokenizers"});
+    fs::write(
+        at("hf/tokenizer_config.json"),
+        config("TokenizersBackend").to_string(),
+    )
+    .unwrap();
+    from_hf(&at("hf"), &at("ckpt"), &mut quiet).unwrap();
+    export(&at("ckpt"), &at("out"), Dtype::Bf16, 1 << 30);
+    let written = fs::read(at("out/tokenizer_config.json")).unwrap();
+    let written: Value = serde_json::from_slice(&written).unwrap();
+    assert_eq!(written, config("PreTrainedTokenizerFast"));
+}
+
+#[test]
 fn failed_exports_leave_nothing() {
     let root = tempfile::tempdir().unwrap();
     let at = |name: &str| root.path().join(name);
