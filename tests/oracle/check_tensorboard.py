@@ -1,22 +1,23 @@
-"""Reads a run's TensorBoard files with TensorBoard's own reader and compares with metrics.jsonl.
+"""Reads a run's TensorBoard files with TensorBoard's own reader and compares them with the record.
 
     check_tensorboard.py RUN_DIR
 
-Every step that metrics.jsonl holds must appear once under every tag, with the value rounded to f32,
-and nothing else may appear. Where a restart repeated a step, both sides keep the later attempt: the
-reader by the session-start marks in the event files, this script by the `attempt` of the record.
-Validation losses are compared with events.jsonl. Exit code 0 when all agree, else 1.
+The record is metrics.jsonl and events.jsonl: ordered by attempt, a line of step k replaces what was
+said of step k and later. TensorBoard must show exactly those steps, with every figure equal to
+single precision, once through the event accumulator that its server uses, and the files must be
+whole down to every checksum. Ends with one line of JSON; exits 1 when anything differs.
 """
 
 import json
+import math
+import pathlib
+import struct
 import sys
-from pathlib import Path
 
-import numpy as np
-from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+from tensorboard.backend.event_processing import event_accumulator, event_file_loader
 
-# Tags and the keys of a metrics record that they show.
-TAGS = {
+# TensorBoard tag -> key of a metrics record.
+STEP_TAGS = {
     "train/loss": "loss",
     "train/grad_norm": "grad_norm",
     "train/lr": "lr",
@@ -34,81 +35,109 @@ TAGS = {
     "seconds/optimizer": "optimizer_seconds",
     "memory/peak_bytes": "peak_bytes",
 }
-# Keys that a machine may not know; elsewhere null stands for a number that is not finite.
-OPTIONAL = {"mfu", "hfu"}
+MAY_BE_ABSENT = {"mfu", "hfu"}
 
 
-def steps(run: Path) -> dict[int, dict]:
-    """The last attempt's record of every step."""
-    records: dict[int, dict] = {}
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        known = records.get(record["step"])
-        if known is None or record["attempt"] >= known["attempt"]:
-            records[record["step"]] = record
-    return records
+def lines(path):
+    """The objects of a file of JSON lines, ordered by attempt."""
+    objects = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    return sorted(objects, key=lambda each: each["attempt"])
 
 
-def number(value: float | None) -> np.float32:
-    return np.float32(np.nan if value is None else value)
+def single(number):
+    """The number as a float32; null stands for one that is not finite."""
+    if number is None:
+        return math.nan
+    return struct.unpack("<f", struct.pack("<f", float(number)))[0]
 
 
-def expected(run: Path) -> dict[str, dict[int, np.float32]]:
-    """Tag to step to value."""
-    wanted: dict[str, dict[int, np.float32]] = {}
-    for step, record in steps(run).items():
-        for tag, field in TAGS.items():
-            if field not in OPTIONAL or record.get(field) is not None:
-                wanted.setdefault(tag, {})[step] = number(record[field])
-    events = run / "events.jsonl"
-    for line in events.read_text().splitlines() if events.exists() else []:
-        event = json.loads(line)
-        if event["event"] == "validation":
-            wanted.setdefault("validation/loss", {})[event["step"]] = number(event["loss"])
-    return wanted
+def expected_scalars(run):
+    """Tag -> {step: value} as the record tells it."""
+    steps = {}
+    for record in lines(run / "metrics.jsonl"):
+        steps = {step: old for step, old in steps.items() if step < record["step"]}
+        steps[record["step"]] = record
+    expected = {}
+    for tag, key in STEP_TAGS.items():
+        values = {
+            step: single(record[key])
+            for step, record in steps.items()
+            if not (key in MAY_BE_ABSENT and record[key] is None)
+        }
+        if values:
+            expected[tag] = values
+    validation = {}
+    for event in lines(run / "events.jsonl"):
+        kind = event["event"]
+        if kind in ("resume", "rollback"):
+            back = event["step"] if kind == "resume" else event["to_step"]
+            validation = {step: old for step, old in validation.items() if step <= back}
+        elif kind == "validation":
+            validation = {step: old for step, old in validation.items() if step < event["step"]}
+            validation[event["step"]] = single(event["loss"])
+    if validation:
+        expected["validation/loss"] = validation
+    return expected
 
 
-def found(run: Path) -> dict[str, list[tuple[int, np.float32]]]:
-    """What TensorBoard shows; 0 asks for every point instead of a sample."""
-    reader = EventAccumulator(str(run / "tensorboard"), size_guidance={SCALARS: 0})
-    reader.Reload()
-    return {
-        tag: [(event.step, np.float32(event.value)) for event in reader.Scalars(tag)]
-        for tag in reader.Tags()["scalars"]
-    }
+def same(found, wanted):
+    return found == wanted or (not math.isfinite(found) and math.isnan(wanted))
 
 
-def same(value: np.float32, wanted: np.float32 | None) -> bool:
-    """Equal, where NaN equals NaN and nothing equals a step that was not wanted."""
-    if wanted is None:
-        return False
-    return bool(value == wanted or (not np.isfinite(value) and np.isnan(wanted)))
-
-
-def main() -> int:
+def main():
     if len(sys.argv) != 2:
-        print(__doc__)
-        return 2
-    run = Path(sys.argv[1])
-    wanted, shown = expected(run), found(run)
-    passed = True
-    for tag in sorted(wanted.keys() | shown.keys()):
-        points, want = shown.get(tag, []), wanted.get(tag, {})
-        wrong = [step for step, value in points if not same(value, want.get(step))]
-        missing = sorted(want.keys() - {step for step, _ in points})
-        twice = len(points) - len({step for step, _ in points})
-        good = not wrong and not missing and not twice
-        passed &= good
-        print(
-            f"  {'ok  ' if good else 'FAIL'} {tag:30} {len(points)} points"
-            + (f", wrong or unexpected at {wrong[:5]}" if wrong else "")
-            + (f", missing at {missing[:5]}" if missing else "")
-            + (f", {twice} repeated" if twice else "")
-        )
-    passed &= bool(wanted)
-    print(json.dumps({"check": "tensorboard", "run": str(run), "passed": passed, "tags": len(shown)}))
-    return 0 if passed else 1
+        sys.exit(__doc__)
+    run = pathlib.Path(sys.argv[1])
+    folder = run / "tensorboard"
+    files = sorted(folder.glob("*tfevents*"))
+    faults = [] if files else [f"{folder}: no event files"]
+
+    # Every file by itself: whole records, right checksums, the version first.
+    records = 0
+    for path in files:
+        events = list(event_file_loader.RawEventFileLoader(str(path)).Load())
+        first = next(event_file_loader.EventFileLoader(str(path)).Load())
+        if first.file_version != "brain.Event:2":
+            faults.append(f"{path.name}: first record has file_version {first.file_version!r}")
+        framed = sum(len(payload) + 16 for payload in events)
+        if framed != path.stat().st_size:
+            faults.append(f"{path.name}: {path.stat().st_size} bytes, {framed} in whole records")
+        records += len(events)
+
+    accumulator = event_accumulator.EventAccumulator(
+        str(folder), size_guidance={event_accumulator.SCALARS: 0, event_accumulator.TENSORS: 0}
+    )
+    accumulator.Reload()
+    expected = expected_scalars(run)
+    # Current readers turn scalars into tensors on the way in, older ones keep them.
+    found = {tag: {e.step: e.value for e in accumulator.Scalars(tag)}
+             for tag in accumulator.Tags()["scalars"]}
+    found |= {tag: {e.step: e.tensor_proto.float_val[0] for e in accumulator.Tensors(tag)}
+              for tag in accumulator.Tags()["tensors"]}
+    compared = 0
+    for tag in sorted(expected.keys() | found.keys()):
+        wanted, got = expected.get(tag, {}), found.get(tag, {})
+        if wanted.keys() != got.keys():
+            odd = sorted(wanted.keys() ^ got.keys())[:5]
+            faults.append(f"{tag}: {len(wanted)} steps in the record, {len(got)} in TensorBoard; "
+                          f"not in both: {odd}")
+            continue
+        wrong = [step for step in wanted if not same(got[step], wanted[step])]
+        compared += len(wanted)
+        if wrong:
+            step = wrong[0]
+            faults.append(f"{tag}: {len(wrong)} values differ; at step {step} "
+                          f"{wanted[step]} in the record, {got[step]} in TensorBoard")
+    if compared == 0:
+        faults.append("nothing was compared")
+    for fault in faults:
+        print(f"FAULT {fault}")
+    print(f"{len(files)} files, {records} records, {len(found)} tags, {compared} values compared")
+    print(json.dumps({"check": "tensorboard", "passed": not faults, "files": len(files),
+                      "records": records, "tags": len(found), "values": compared,
+                      "faults": faults}))
+    sys.exit(1 if faults else 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
