@@ -1,15 +1,16 @@
 """Loads an exported model folder in the running transformers and compares its answers.
 
-    check_export.py EXPORT_DIR LOGITS.safetensors [--json]
+    check_export.py [--json] EXPORT_DIR LOGITS.safetensors [EXPORT_DIR LOGITS.safetensors …]
 
-LOGITS.safetensors holds `tokens` (integers [rows, seq] or [seq]) and the exporter's own `logits`
-(f32 [rows, seq, vocab] or [seq, vocab]), optionally `positions` shaped like `tokens`, for rows
+LOGITS.safetensors holds `tokens` (integers [rows, seq] or [seq]) and the `logits` wanted (f32
+[rows, seq, vocab] or [seq, vocab]), optionally `positions` shaped like `tokens`, for rows
 packed from several documents. transformers computes in fp32 from the folder's weights, so an
 export to bf16 must come with the logits of the rounded weights.
 
 Checked: no tensor is missing or left over; logits differ by at most 1e-4 * max(1, std); the
 tokenizer loads, fits the vocabulary, agrees with tokenizer.json and gives texts back unchanged;
-generate runs and its first token is the arg-max of the logits. Exit code 0 when all hold, else 1.
+generate runs and its first token is the arg-max of the logits. One line of JSON per folder; exit
+code 0 when all hold, else 1.
 """
 
 import argparse
@@ -39,6 +40,7 @@ class Report:
     def __init__(self, quiet: bool) -> None:
         self.lines: list[tuple[str, bool, str]] = []
         self.quiet = quiet
+        self.largest_difference: float | None = None  # of the logits
 
     def add(self, name: str, passed: bool, found: str) -> None:
         self.lines.append((name, bool(passed), found))
@@ -99,6 +101,7 @@ def check_logits(model, file: Path, report: Report) -> None:
     std = float(ours.std())
     bound = 1e-4 * max(1.0, std)
     found = f"{tokens.size} tokens, largest difference {worst:.2e}, allowed {bound:.2e}, std {std:.3f}"
+    report.largest_difference = worst
     report.add("logits", worst <= bound, found)
 
 
@@ -153,27 +156,34 @@ def check(folder: Path, logits: Path, quiet: bool = False) -> Report:
     return report
 
 
+def as_json(folder: Path, report: Report) -> str:
+    return json.dumps(
+        {
+            "check": "export",
+            "folder": str(folder),
+            "versions": models.versions(),
+            "passed": report.passed(),
+            "largest_difference": report.largest_difference,
+            "checks": {name: {"passed": ok, "found": text} for name, ok, text in report.lines},
+        }
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("export", type=Path)
-    parser.add_argument("logits", type=Path)
-    parser.add_argument("--json", action="store_true", help="print only the line of JSON")
+    parser.add_argument("paths", type=Path, nargs="+", help="EXPORT_DIR and LOGITS.safetensors in turn")
+    parser.add_argument("--json", action="store_true", help="print only the lines of JSON")
     options = parser.parse_args()
-    if not options.json:
-        print(f"{options.export} in transformers {transformers.__version__}")
-    report = check(options.export, options.logits, quiet=options.json)
-    print(
-        json.dumps(
-            {
-                "check": "export",
-                "folder": str(options.export),
-                "versions": models.versions(),
-                "passed": report.passed(),
-                "checks": {name: {"passed": ok, "found": text} for name, ok, text in report.lines},
-            }
-        )
-    )
-    return 0 if report.passed() else 1
+    if len(options.paths) % 2:
+        parser.error("every EXPORT_DIR needs a LOGITS.safetensors")
+    passed = True
+    for folder, logits in zip(options.paths[::2], options.paths[1::2]):
+        if not options.json:
+            print(f"{folder} in transformers {transformers.__version__}")
+        report = check(folder, logits, quiet=options.json)
+        print(as_json(folder, report))
+        passed &= report.passed()
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":
