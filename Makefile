@@ -48,8 +48,9 @@ else
 endif
 	@launch/scripts/check-tree.sh
 
-oracle: build ## golden references made again by PyTorch and transformers (5 GB the first time)
-	folder=$$(tests/oracle/setup.sh) && "$$folder/venv/bin/python" tests/oracle/run_all.py
+oracle: build ## golden files made again and exports loaded by transformers (5 GB the first time)
+	folder=$$(tests/oracle/setup.sh) && "$$folder/venv/bin/python" tests/oracle/run_all.py && \
+		"$$folder/venv/bin/python" tests/oracle/exports.py
 
 docs: setup ## the book, docs/book (mdBook), and the API pages, target/doc
 	cargo doc $(CARGO_FLAGS) --workspace --no-deps
