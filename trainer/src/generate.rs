@@ -332,6 +332,8 @@ mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
     use super::*;
+    use crate::convert::list_of_tensors;
+    use crate::model::tensor_names;
     use crate::testing::golden::{self, Golden};
 
     /// Models that transformers wrote, sharded and untied or whole and tied, with both styles of
@@ -355,6 +357,17 @@ mod tests {
             let bound = 1e-4 * golden.facts["logits_std"].as_f64().unwrap().max(1.0);
             println!("{name}: logits within {worst:.1e}, bound {bound:.1e}");
             assert!(worst <= bound, "{name}: logits differ by {worst:e}");
+        }
+    }
+
+    /// The model's own tensors and those that conversion expects are described independently.
+    #[test]
+    fn model_and_conversion_name_the_same_tensors() {
+        for name in ["hf-tiny-4", "hf-tiny-5"] {
+            let folder = HfFolder::open(golden::path(name)).unwrap();
+            let units = describe(&model_config(folder.config()), |_| true, |_| true).unwrap();
+            let listed = list_of_tensors(&folder.config().sizes);
+            assert_eq!(tensor_names(&units), listed, "{name}");
         }
     }
 

@@ -145,7 +145,8 @@ pub(super) const SOURCE: &[Key] = &[
     key("weight", Number(Positive), Is("1.0"), "share of tokens",
         "Its part of the mixture, relative to the other sources."),
     key("max_epochs", Number(Positive), Absent("no limit"), "epochs",
-        "How often its documents may be used; needing more is an error."),
+        "How often its documents may be used; then the mixture goes on without it, and it is an \
+         error when no source is left."),
 ];
 
 /// `[validation]`

@@ -130,7 +130,7 @@ fn tensors(slots: &[Option<Sample>], seq_len: usize, device: Device) -> Result<B
         match slot {
             Some(sample) => {
                 tokens.extend(sample.tokens.iter().map(|&token| i64::from(token)));
-                targets.extend_from_slice(&sample.targets);
+                targets.extend(weighted_targets(sample)?);
                 starts.push(sample.document_starts.clone());
             }
             None => {
@@ -141,4 +141,52 @@ fn tensors(slots: &[Option<Sample>], seq_len: usize, device: Device) -> Result<B
         }
     }
     Ok(Batch::new(&tokens, &targets, &starts, seq_len, device)?)
+}
+
+/// The targets of a sample without those whose loss weight is 0.
+fn weighted_targets(sample: &Sample) -> Result<Vec<i64>, RunError> {
+    let Some(weights) = &sample.weights else {
+        return Ok(sample.targets.clone());
+    };
+    let keep = |(&target, &weight): (&i64, &f32)| match weight {
+        0.0 => Ok(NO_TARGET),
+        1.0 => Ok(target),
+        _ => Err(RunError::Plan(format!(
+            "the token shards give a token the loss weight {weight}; 0 (not a target) and 1 are \
+             supported: write the shards with those"
+        ))),
+    };
+    sample.targets.iter().zip(weights).map(keep).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn sample(weights: Option<Vec<f32>>) -> Sample {
+        Sample {
+            tokens: vec![5, 6, 7],
+            targets: vec![6, 7, -100],
+            weights,
+            document_starts: vec![0],
+        }
+    }
+
+    #[test]
+    fn loss_weights_select_targets() {
+        assert_eq!(weighted_targets(&sample(None)).unwrap(), [6, 7, -100]);
+        let selected = weighted_targets(&sample(Some(vec![0.0, 1.0, 1.0]))).unwrap();
+        assert_eq!(selected, [-100, 7, -100]);
+        let error = weighted_targets(&sample(Some(vec![0.5, 1.0, 1.0]))).unwrap_err();
+        assert!(error.to_string().contains("loss weight 0.5"), "{error}");
+    }
+
+    #[test]
+    fn a_slot_without_a_sample_predicts_nothing() {
+        let slots = [Some(sample(None)), None];
+        let batch = tensors(&slots, 3, Device::Cpu).unwrap();
+        assert_eq!((batch.samples, batch.target_count), (2, 2));
+    }
 }

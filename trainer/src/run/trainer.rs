@@ -84,6 +84,12 @@ pub(super) struct Trainer<'a> {
 impl<'a> Trainer<'a> {
     fn run(&mut self) -> Result<Outcome, RunError> {
         let stages = self.config.stages.len();
+        if self.progress.stage >= stages {
+            tracing::info!(
+                "all stages of this run are done after step {}; to train further, add a stage",
+                self.progress.step
+            );
+        }
         while self.progress.stage < stages {
             let mut stage = self.begin_stage()?;
             while self.progress.stage == stage.index {
