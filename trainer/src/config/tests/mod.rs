@@ -38,7 +38,7 @@ fn load(text: &str) -> Result<Config, ConfigError> {
 
 fn load_with(text: &str, sets: &[&str]) -> Result<Config, ConfigError> {
     let sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
-    Config::from_text(text, "run.toml", Path::new("/work/configs"), &sets)
+    Config::from_text(text, "run.toml", Path::new("/home/me/configs"), &sets)
 }
 
 /// The minimal config with one piece replaced; the piece must be there.

@@ -18,22 +18,22 @@ fn reload(config: &Config) -> Config {
 fn the_minimal_config_resolves_to_known_values() {
     let config = load(MINIMAL).unwrap();
     assert_eq!(config.run.name, "run");
-    assert_eq!(config.run.dir, Path::new("/work/configs/runs/run"));
+    assert_eq!(config.run.dir, Path::new("/home/me/configs/runs/run"));
     assert_eq!(
         config.resolved_path(),
-        Path::new("/work/configs/runs/run/config.toml")
+        Path::new("/home/me/configs/runs/run/config.toml")
     );
     assert_eq!(
         config.checkpoint.dir,
-        Path::new("/work/configs/runs/run/checkpoints")
+        Path::new("/home/me/configs/runs/run/checkpoints")
     );
     assert_eq!(
         config.data.lock,
-        Path::new("/work/configs/runs/run/dataset.lock")
+        Path::new("/home/me/configs/runs/run/dataset.lock")
     );
     assert_eq!(
         config.data.sources[0].path,
-        Path::new("/work/configs/shards/*.parquet")
+        Path::new("/home/me/configs/shards/*.parquet")
     );
     assert_eq!(
         (config.run.device, config.run.threads),
