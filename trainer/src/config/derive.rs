@@ -1,4 +1,4 @@
-//! Values that follow from several keys: head width, steps, decay, mixture.
+//! Values that follow from several keys: head width, shard size, steps, decay, mixture.
 
 use super::error::{ConfigError, Problem, refuse_if_any};
 use super::keys::MAX_STEPS;
@@ -11,6 +11,7 @@ use super::tree::{Entry, Node, Table, Value};
 pub(super) fn derive(root: &mut Node, sources: &Sources) -> Result<(), ConfigError> {
     let mut problems = Vec::new();
     head_dim(root, sources, &mut problems);
+    shard_size(root, sources, &mut problems);
     let shares = source_shares(root);
     let optimizer = section_mut(root, "optimizer").cloned().unwrap_or_default();
     for (index, stage) in sections_mut(root, "stage").iter_mut().enumerate() {
@@ -54,6 +55,35 @@ fn head_dim(root: &mut Node, sources: &Sources, problems: &mut Vec<Problem>) {
         return;
     }
     insert_default(model, "head_dim", integer(width / count));
+}
+
+/// Refuses groups of ranks that share where nothing is shared out: `"node"` or a number greater
+/// than 1 with `zero_stage = 0`. Where `zero_stage` was given on the command line, a size of the
+/// file goes back to its default.
+fn shard_size(root: &mut Node, sources: &Sources, problems: &mut Vec<Problem>) {
+    let Some(parallel) = section_mut(root, "parallel") else {
+        return;
+    };
+    let (Some(stage), Some(size)) = (get(parallel, "zero_stage"), get(parallel, "shard_size"))
+    else {
+        return;
+    };
+    let harmless = size.text() == Some("world") || size.unsigned() == Some(1);
+    if stage.unsigned() != Some(0) || harmless {
+        return;
+    }
+    if sources.layer(&stage.origin) > sources.layer(&size.origin) {
+        parallel.remove("shard_size");
+        let world = Node::default_value(Value::Text("world".to_owned()));
+        insert_default(parallel, "shard_size", world);
+        return;
+    }
+    let message = format!(
+        "`parallel.shard_size` is {}, but nothing is sharded with `zero_stage = 0`",
+        size.to_toml()
+    );
+    let help = "remove it, or set `zero_stage` to 1, 2 or 3";
+    problems.push(sources.problem(&size.origin, message, help));
 }
 
 /// Name and weight of each source, in order.

@@ -36,6 +36,7 @@ const FREE: &[&str] = &[
     "run.dir",
     "run.device",
     "run.threads",
+    "run.trace_steps",
     "model.preset",
     "model.init_from",
     // Stages hold the value that counts.
@@ -53,6 +54,7 @@ const FREE: &[&str] = &[
     "optimizer.decay_steps",
     "optimizer.decay_shape",
     "checkpoint.",
+    "guard.",
     "stage.micro_batch",
 ];
 

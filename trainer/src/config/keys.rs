@@ -5,8 +5,8 @@
 use super::schema::Bounds::{AboveOne, BelowOne, NotNegative, Positive, UpToOne};
 use super::schema::Fallback::{Absent, From, Is, Required, Rule};
 use super::schema::Kind::{
-    Boolean, Choice, FilePattern, Integer, Name, Number, Pair, Path, Patterns, Section, Sections,
-    Shares, Text,
+    Boolean, Choice, ChoiceOrInteger, FilePattern, Integer, IntegerPair, Name, Number, Pair, Path,
+    Patterns, Section, Sections, Shares, Text,
 };
 use super::schema::{Fallback, Key, Kind};
 
@@ -47,6 +47,7 @@ pub(super) const ROOT: &[Key] = &[
     key("optimizer", Section(OPTIMIZER), Required, "",
         "AdamW, and the learning rate of all stages."),
     key("checkpoint", Section(CHECKPOINT), OPTIONAL, "", "When the state is saved."),
+    key("guard", Section(GUARD), OPTIONAL, "", "What is watched while the run goes on."),
     key("stage", Sections(STAGE), Required, "", "Context stages, in order."),
 ];
 
@@ -62,6 +63,9 @@ pub(super) const RUN: &[Key] = &[
         "Where to compute; `auto` takes the best that is there."),
     key("threads", Integer(1, 4096), Absent("the cores of the machine divided by its ranks"),
         "threads per rank", "Compute threads."),
+    key("trace_steps", IntegerPair(1, MAX_STEPS), Absent("no trace"), "steps",
+        "First and last step, counted from 1, both included, of which every rank writes a trace \
+         into `run.dir/trace/`, for Perfetto or `chrome://tracing`."),
 ];
 
 /// `[model]`
@@ -106,13 +110,19 @@ pub(super) const MODEL: &[Key] = &[
 /// `[parallel]`
 #[rustfmt::skip]
 pub(super) const PARALLEL: &[Key] = &[
-    key("zero_stage", Integer(1, 1), Is("1"), "",
-        "What is sharded: 1 is optimizer state and master weights."),
-    key("shard_size", Choice(&["world"]), Is("\"world\""), "",
-        "Ranks that together hold one copy of the sharded state."),
+    key("zero_stage", Integer(0, 3), Is("1"), "",
+        "What is sharded: 0 nothing, 1 fp32 master weights and AdamW moments, 2 also gradients, \
+         3 also weights."),
+    key("shard_size", ChoiceOrInteger(&["node", "world"], 1, 1 << 20), Is("\"world\""), "ranks",
+        "Ranks that together hold one copy of the sharded state: those of a node, all, or this \
+         many neighbours, a divisor of all. The other shard groups hold replicas."),
     key("grad_reduce_dtype", Choice(&["fp32", "bf16"]), Is("\"fp32\""), "",
         "Number format of gradients on the wire; they are summed in fp32."),
     key("overlap", Boolean, Is("true"), "", "Communicate while computing."),
+    key("prefetch_units", Integer(0, 64), Is("1"), "units",
+        "Stages 2 and 3: units whose weights are gathered ahead of their use (3), and whose \
+         gradients may still be on their way while the next unit computes (2 and 3). More hides a \
+         slower network; each costs the memory of a unit."),
     key("recompute", Choice(&["none", "full"]), Is("\"none\""), "",
         "`full` keeps only the input of each block and computes the rest again in backward."),
 ];
@@ -192,6 +202,14 @@ pub(super) const CHECKPOINT: &[Key] = &[
         "Save interval; the end of each stage is saved too."),
     key("keep", Integer(1, 1 << 20), Is("3"), "checkpoints", "Newest checkpoints kept."),
     key("dir", Path, Rule("`checkpoints` in `run.dir`"), "", "Where checkpoints lie."),
+];
+
+/// `[guard]`
+#[rustfmt::skip]
+pub(super) const GUARD: &[Key] = &[
+    key("replica_check_steps", STEPS, Is("100"), "steps",
+        "Interval at which a hash of every replica's weights is compared; where one differs the \
+         run stops and names the rank. 0 turns it off."),
 ];
 
 /// `[[stage]]`

@@ -33,6 +33,7 @@ mod keys;
 mod model;
 mod optimizer;
 mod overrides;
+mod parallel;
 mod patterns;
 mod presets;
 mod reference;
@@ -54,12 +55,11 @@ pub use difference::Difference;
 pub use error::{ConfigError, Place, Problem};
 pub use model::{Dtype, DtypeChoice, Family, ModelConfig};
 pub use optimizer::OptimizerConfig;
+pub use parallel::{ParallelConfig, Recompute, ShardSize};
 pub use patterns::Patterns;
 pub use presets::{PRESETS, Preset};
 pub use reference::reference;
 pub use root::Config;
-pub use run::{
-    CheckpointConfig, Device, ParallelConfig, Recompute, RunConfig, ShardSize, ValidationConfig,
-};
+pub use run::{CheckpointConfig, Device, GuardConfig, RunConfig, TraceSteps, ValidationConfig};
 pub use schedule::{DecayShape, Schedule, ScheduleKind};
 pub use stage::{StageConfig, StageOptimizer};

@@ -32,6 +32,11 @@ fn table(keys: &[Key]) -> String {
             Kind::Choice(_) => {
                 format!("`{}`", key.kind.describe().replace(" or ", "` or `")).replace(", ", "`, `")
             }
+            Kind::ChoiceOrInteger(choices, low, high) => {
+                let quoted: Vec<String> = choices.iter().map(|c| format!("`{c:?}`")).collect();
+                let number = Kind::Integer(low, high).describe();
+                format!("{} or {number}", quoted.join(", "))
+            }
             kind => kind.describe(),
         };
         let default = match key.fallback {

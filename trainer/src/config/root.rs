@@ -8,7 +8,8 @@ use super::data::DataConfig;
 use super::error::{ConfigError, Problem};
 use super::model::{Dtype, ModelConfig};
 use super::optimizer::OptimizerConfig;
-use super::run::{CheckpointConfig, ParallelConfig, RunConfig, ValidationConfig};
+use super::parallel::ParallelConfig;
+use super::run::{CheckpointConfig, GuardConfig, RunConfig, ValidationConfig};
 use super::source::{Layer, Sources};
 use super::stage::StageConfig;
 use super::{keys, overrides, resolve, schema, tree, validate};
@@ -30,6 +31,8 @@ pub struct Config {
     pub optimizer: OptimizerConfig,
     /// `[checkpoint]`
     pub checkpoint: CheckpointConfig,
+    /// `[guard]`
+    pub guard: GuardConfig,
     /// `[[stage]]`, in order, at least one, with different names.
     #[serde(rename = "stage")]
     pub stages: Vec<StageConfig>,

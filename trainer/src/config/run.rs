@@ -1,10 +1,8 @@
-//! `[run]`, `[parallel]`, `[validation]` and `[checkpoint]`: how a run is carried out.
+//! `[run]`, `[validation]`, `[checkpoint]` and `[guard]`: how a run is carried out.
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-
-use super::model::Dtype;
 
 /// `[run]`: what the run is called, where it lies, where it runs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,6 +18,38 @@ pub struct RunConfig {
     /// Compute threads per rank; `None` leaves it to the launcher.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threads: Option<usize>,
+    /// Steps of which every rank writes a trace; `None` writes none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trace_steps: Option<TraceSteps>,
+}
+
+/// A stretch of steps that are traced, ends included; `[first, last]` in TOML.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "[u64; 2]", into = "[u64; 2]")]
+pub struct TraceSteps {
+    /// First step, counted from 1 over the whole run.
+    pub first: u64,
+    /// Last step, not before the first.
+    pub last: u64,
+}
+
+impl TraceSteps {
+    /// Whether a step, counted from 1, is traced.
+    pub fn contains(self, step: u64) -> bool {
+        (self.first..=self.last).contains(&step)
+    }
+}
+
+impl From<[u64; 2]> for TraceSteps {
+    fn from([first, last]: [u64; 2]) -> Self {
+        Self { first, last }
+    }
+}
+
+impl From<TraceSteps> for [u64; 2] {
+    fn from(steps: TraceSteps) -> Self {
+        [steps.first, steps.last]
+    }
 }
 
 /// Where to compute.
@@ -30,39 +60,6 @@ pub enum Device {
     Auto,
     /// The processor.
     Cpu,
-}
-
-/// `[parallel]`: how a step is spread over ranks.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ParallelConfig {
-    /// What is sharded; 1 is optimizer state and master weights.
-    pub zero_stage: u8,
-    /// Ranks that together hold one copy of the sharded state.
-    pub shard_size: ShardSize,
-    /// Number format of gradients on the wire.
-    pub grad_reduce_dtype: Dtype,
-    /// Whether to communicate while computing.
-    pub overlap: bool,
-    /// What backward computes again.
-    pub recompute: Recompute,
-}
-
-/// Ranks that together hold one copy of the sharded state.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ShardSize {
-    /// All ranks.
-    World,
-}
-
-/// What backward computes again instead of keeping it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Recompute {
-    /// Nothing.
-    None,
-    /// A whole block from its input.
-    Full,
 }
 
 /// `[validation]`: documents held back, and when to use them.
@@ -85,4 +82,19 @@ pub struct CheckpointConfig {
     pub keep: usize,
     /// Where checkpoints lie (absolute path).
     pub dir: PathBuf,
+}
+
+/// `[guard]`: what is watched while the run goes on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuardConfig {
+    /// Interval in steps at which replicas are compared; 0 turns it off (see
+    /// [`GuardConfig::checks_replicas_after`]).
+    pub replica_check_steps: u64,
+}
+
+impl GuardConfig {
+    /// Whether replicas are compared after a step, counted from 1.
+    pub fn checks_replicas_after(&self, step: u64) -> bool {
+        self.replica_check_steps > 0 && step.is_multiple_of(self.replica_check_steps)
+    }
 }

@@ -29,6 +29,8 @@ pub(super) enum Kind {
     Number(Bounds),
     /// Two numbers in a list.
     Pair(Bounds),
+    /// Two whole numbers of this range in a list; which of them is greater is not looked at here.
+    IntegerPair(u64, u64),
     Boolean,
     /// A name used in paths and tables: letters, digits, `_`, `-` and `.`, not beginning with `.`.
     Name,
@@ -41,6 +43,8 @@ pub(super) enum Kind {
     Patterns,
     /// One of these strings.
     Choice(&'static [&'static str]),
+    /// One of these strings, or a whole number in this range, ends included.
+    ChoiceOrInteger(&'static [&'static str], u64, u64),
     /// A table from a name to a share.
     Shares,
     /// `[name]`
@@ -111,6 +115,9 @@ impl Kind {
             Self::Integer(low, high) => format!("a whole number from {low} to {high}"),
             Self::Number(bounds) => format!("a number {}", bounds.describe()),
             Self::Pair(bounds) => format!("a list of two numbers, each {}", bounds.describe()),
+            Self::IntegerPair(low, high) => {
+                format!("a list of two whole numbers from {low} to {high}")
+            }
             Self::Boolean => "true or false".to_owned(),
             Self::Name => "a name (string of letters, digits, `_`, `-`, `.`)".to_owned(),
             Self::Text => "a string".to_owned(),
@@ -125,6 +132,11 @@ impl Kind {
                     }
                     _ => quoted.concat(),
                 }
+            }
+            Self::ChoiceOrInteger(choices, low, high) => {
+                let quoted: Vec<String> = choices.iter().map(|c| format!("{c:?}")).collect();
+                let number = Self::Integer(low, high).describe();
+                format!("{} or {number}", quoted.join(", "))
             }
             Self::Shares => "a table from source names to numbers ≥ 0".to_owned(),
             Self::Section(_) => "a table".to_owned(),
@@ -215,6 +227,11 @@ impl Check<'_> {
                 let allowed = |item: &Node| number(&item.value).is_some_and(|n| bounds.allow(n));
                 list.len() == 2 && list.iter().all(allowed)
             }
+            (Kind::IntegerPair(low, high), Value::List(list)) => {
+                let allowed =
+                    |item: &Node| item.unsigned().is_some_and(|n| (low..=high).contains(&n));
+                list.len() == 2 && list.iter().all(allowed)
+            }
             (Kind::Boolean, Value::Boolean(_)) => true,
             (Kind::Name, Value::Text(text)) => is_name(text),
             (Kind::Text | Kind::Path | Kind::FilePattern, Value::Text(text)) => !text.is_empty(),
@@ -224,6 +241,16 @@ impl Check<'_> {
                 }
                 true
             }
+            // A number in quotes is not a misspelt choice: what is wrong with it is the quotes.
+            (Kind::ChoiceOrInteger(choices, ..), Value::Text(text)) if !is_numeric(text) => {
+                if !choices.contains(&text.as_str()) {
+                    return self.choice(node, text, choices, kind, path);
+                }
+                true
+            }
+            (Kind::ChoiceOrInteger(_, low, high), Value::Integer(_)) => node
+                .unsigned()
+                .is_some_and(|number| (low..=high).contains(&number)),
             (Kind::Patterns, Value::List(list)) => {
                 for (index, item) in list.iter().enumerate() {
                     self.pattern(item, &format!("{path}.{index}"));
@@ -261,9 +288,10 @@ impl Check<'_> {
     fn wrong(&mut self, node: &Node, path: &str, expected: &str) {
         let message = format!("`{path}` is {}, it must be {expected}", node.describe());
         let key = path.rsplit('.').next().unwrap_or(path);
-        let numeric = |text: &str| text.parse::<f64>().is_ok();
         let help = match &node.value {
-            Value::Text(text) if numeric(text) => format!("write `{key} = {text}`, without quotes"),
+            Value::Text(text) if is_numeric(text) => {
+                format!("write `{key} = {text}`, without quotes")
+            }
             Value::Float(number) if expected.contains("whole") && number.fract() == 0.0 => {
                 format!("write it without a point or exponent: `{key} = {number}`")
             }
@@ -307,6 +335,11 @@ fn number(value: &Value) -> Option<f64> {
         Value::Float(number) => Some(*number),
         _ => None,
     }
+}
+
+/// Whether a text reads as a number.
+fn is_numeric(text: &str) -> bool {
+    text.parse::<f64>().is_ok()
 }
 
 fn is_name(text: &str) -> bool {

@@ -107,6 +107,11 @@ impl Node {
         }
     }
 
+    /// Whether this is a single value that a message can show.
+    fn is_plain(&self) -> bool {
+        !matches!(self.value, Value::List(_) | Value::Table(_))
+    }
+
     /// The value in words, for messages: `the string "abc"`.
     pub fn describe(&self) -> String {
         match &self.value {
@@ -115,6 +120,9 @@ impl Node {
             Value::Boolean(flag) => format!("{flag}"),
             Value::Text(text) => format!("the string {text:?}"),
             Value::Date(text) => format!("the date {text}"),
+            Value::List(list) if list.len() <= 4 && list.iter().all(Node::is_plain) => {
+                format!("the list {}", self.to_toml())
+            }
             Value::List(_) => "a list".to_owned(),
             Value::Table(_) => "a table".to_owned(),
         }

@@ -4,6 +4,7 @@
 
 use super::error::{ConfigError, Problem, refuse_if_any};
 use super::root::Config;
+use super::run::TraceSteps;
 use super::source::Sources;
 use super::stage::StageConfig;
 use super::tree::Node;
@@ -16,6 +17,7 @@ pub(super) fn validate(config: &Config, tree: &Node, sources: &Sources) -> Resul
         problems: Vec::new(),
     };
     check.heads(config);
+    check.trace(config);
     check.names(
         "data.source",
         config.data.sources.iter().map(|source| &source.name),
@@ -72,6 +74,19 @@ impl Check<'_> {
             let help = "change `head_dim`, or `hidden_size` or `num_heads` that it follows from";
             let paths = ["model.head_dim", "model.hidden_size", "model.num_heads"];
             self.problem(&paths, message, help.to_owned());
+        }
+    }
+
+    fn trace(&mut self, config: &Config) {
+        let Some(TraceSteps { first, last }) = config.run.trace_steps else {
+            return;
+        };
+        if first > last {
+            let message = format!(
+                "`run.trace_steps` is [{first}, {last}], its first step must not be after its last"
+            );
+            let help = format!("use [{last}, {first}]");
+            self.problem(&["run.trace_steps"], message, help);
         }
     }
 

@@ -75,6 +75,88 @@ fn a_bad_choice_gets_the_nearest_one() {
 }
 
 #[test]
+fn a_choice_beside_numbers_is_a_choice_or_a_number() {
+    let parallel = |line: &str| refusal(&format!("{MINIMAL}\n[parallel]\n{line}\n"));
+    assert_text(
+        &parallel("shard_size = \"nodes\""),
+        "`parallel.shard_size` is \"nodes\", it must be \"node\", \"world\" or a whole number from 1 \
+to 1048576
+  --> run.toml:18:14
+   |
+18 | shard_size = \"nodes\"
+   |              ^^^^^^^
+   = help: did you mean \"node\"?",
+    );
+    assert_text(
+        &parallel("shard_size = \"2\""),
+        "`parallel.shard_size` is the string \"2\", it must be \"node\", \"world\" or a whole number \
+from 1 to 1048576
+  --> run.toml:18:14
+   |
+18 | shard_size = \"2\"
+   |              ^^^
+   = help: write `shard_size = 2`, without quotes",
+    );
+    assert_text(
+        &parallel("shard_size = 0"),
+        "`parallel.shard_size` is 0, it must be \"node\", \"world\" or a whole number from 1 to 1048576
+  --> run.toml:18:14
+   |
+18 | shard_size = 0
+   |              ^
+   = help: give `shard_size` \"node\", \"world\" or a whole number from 1 to 1048576",
+    );
+    assert_text(
+        &parallel("shard_size = 2.0"),
+        "`parallel.shard_size` is 2.0, it must be \"node\", \"world\" or a whole number from 1 to \
+1048576
+  --> run.toml:18:14
+   |
+18 | shard_size = 2.0
+   |              ^^^
+   = help: write it without a point or exponent: `shard_size = 2`",
+    );
+}
+
+#[test]
+fn a_shard_size_without_sharding_is_refused() {
+    let text = format!("{MINIMAL}\n[parallel]\nzero_stage = 0\nshard_size = \"node\"\n");
+    assert_text(
+        &refusal(&text),
+        "`parallel.shard_size` is \"node\", but nothing is sharded with `zero_stage = 0`
+  --> run.toml:19:14
+   |
+19 | shard_size = \"node\"
+   |              ^^^^^^
+   = help: remove it, or set `zero_stage` to 1, 2 or 3",
+    );
+}
+
+#[test]
+fn traced_steps_are_two_and_in_order() {
+    let run = |line: &str| refusal(&format!("{MINIMAL}\n[run]\n{line}\n"));
+    assert_text(
+        &run("trace_steps = [5, 3]"),
+        "`run.trace_steps` is [5, 3], its first step must not be after its last
+  --> run.toml:18:15
+   |
+18 | trace_steps = [5, 3]
+   |               ^^^^^^
+   = help: use [3, 5]",
+    );
+    assert_text(
+        &run("trace_steps = [0, 3]"),
+        "`run.trace_steps` is the list [0, 3], it must be a list of two whole numbers from 1 to \
+1000000000
+  --> run.toml:18:15
+   |
+18 | trace_steps = [0, 3]
+   |               ^^^^^^
+   = help: give `trace_steps` a list of two whole numbers from 1 to 1000000000",
+    );
+}
+
+#[test]
 fn a_number_out_of_range_is_refused() {
     assert_text(
         &refusal(&minimal_with("lr = 1e-3", "lr = nan")),

@@ -5,6 +5,7 @@ mod difference;
 mod examples;
 mod messages;
 mod overrides;
+mod parallel;
 mod reference;
 mod resolved;
 mod schedule;

@@ -62,7 +62,7 @@ fn every_choice_is_a_value_of_its_type() {
         ("model.family", &["llama"]),
         ("model.dtype", &["auto", "bf16", "fp32"]),
         ("model.residual_dtype", &["fp32", "bf16"]),
-        ("parallel.shard_size", &["world"]),
+        ("parallel.shard_size", &["node", "world"]),
         ("parallel.grad_reduce_dtype", &["fp32", "bf16"]),
         ("parallel.recompute", &["none", "full"]),
         ("data.packing", &["concat"]),

@@ -57,6 +57,7 @@ fn every_default_is_written_out() {
         "validation",
         "optimizer",
         "checkpoint",
+        "guard",
         "stage",
     ] {
         assert!(
@@ -65,7 +66,11 @@ fn every_default_is_written_out() {
         );
     }
     for key in [
+        "zero_stage",
+        "shard_size",
         "grad_reduce_dtype",
+        "prefetch_units",
+        "replica_check_steps",
         "init_std",
         "window_tokens",
         "eps",
