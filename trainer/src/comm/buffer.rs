@@ -46,7 +46,7 @@ pub(super) struct Buffer {
 }
 
 // SAFETY: a buffer is an address with a length. It travels with the tensor it was taken from
-// (`tch::Tensor` is `Send` too) and is only dereferenced on the communication thread.
+// (`tch::Tensor` is `Send` too) and is only dereferenced by the one thread that runs its operation.
 unsafe impl Send for Buffer {}
 
 impl Buffer {
@@ -60,6 +60,17 @@ impl Buffer {
 
     pub(super) fn bytes(&self) -> usize {
         self.elements * self.element.bytes()
+    }
+
+    /// Whether a byte belongs to both.
+    pub(super) fn overlaps(&self, other: &Self) -> bool {
+        let (start, other_start) = (self.address as usize, other.address as usize);
+        let (bytes, other_bytes) = (self.bytes(), other.bytes());
+        // An empty one lies nowhere.
+        bytes > 0
+            && other_bytes > 0
+            && start < other_start + other_bytes
+            && other_start < start + bytes
     }
 
     /// The address of the element at `index`, which must lie within the buffer or at its end.
@@ -118,6 +129,18 @@ mod tests {
         let error = checked(&tensor.narrow(1, 0, 3)).unwrap_err();
         assert!(error.contains("strides [6, 1]"), "{error}");
         assert!(checked(&tensor.narrow(0, 1, 2)).is_ok());
+    }
+
+    #[test]
+    fn views_overlap_where_they_share_bytes() {
+        let tensor = Tensor::zeros([8], (Kind::Float, Device::Cpu));
+        let view = |start, length| checked(&tensor.narrow(0, start, length)).unwrap();
+        assert!(view(0, 4).overlaps(&view(3, 2)));
+        assert!(view(3, 2).overlaps(&view(0, 4)));
+        assert!(view(0, 8).overlaps(&view(2, 1)));
+        assert!(!view(0, 4).overlaps(&view(4, 4)));
+        assert!(!view(0, 8).overlaps(&view(3, 0)));
+        assert!(!view(0, 8).overlaps(&checked(&tensor.copy()).unwrap()));
     }
 
     #[test]

@@ -51,6 +51,17 @@ pub enum Error {
         /// What happened to the earlier one.
         cause: Arc<Error>,
     },
+    /// An operation was not run because one that it comes after (`Lane::after`) failed. The lane is
+    /// poisoned from here on.
+    #[error("{operation} on {lane} was not run, because what it comes after failed: {cause}")]
+    Dependency {
+        /// The lane, with its ranks.
+        lane: String,
+        /// The operation that was queued.
+        operation: &'static str,
+        /// What happened to the one that it comes after.
+        cause: Arc<Error>,
+    },
     /// The communication thread has ended, so nothing can be sent any more.
     #[error("the communication thread of rank {rank} has ended: {reason}")]
     Closed {

@@ -8,7 +8,8 @@ use std::time::Duration;
 use super::engine::{self, Command};
 use super::environment::Environment;
 use super::error::{Error, Result};
-use super::lane::{Lane, Members};
+use super::lane::Lane;
+use super::members::Members;
 use super::schedule::Place;
 use super::threads;
 
@@ -229,11 +230,7 @@ impl Comm {
             index,
             size: sorted.len(),
         };
-        let commands = self
-            .link
-            .as_ref()
-            .filter(|_| place.size > 1)
-            .map(|l| l.commands.clone());
+        let commands = self.link.as_ref().map(|link| link.commands.clone());
         Ok(Lane::new(
             Members { id, ranks: sorted },
             place,

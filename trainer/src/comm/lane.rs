@@ -1,22 +1,24 @@
 //! Lanes: the operations a step may queue, checked before they leave the step thread.
 
 use std::collections::VecDeque;
-use std::fmt;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
 use tch::Tensor;
 
+use super::alone::Alone;
 use super::buffer::{Buffer, Element, checked};
-use super::engine::{Command, Operation};
-use super::error::Error;
+use super::engine::Command;
+use super::event::Event;
+use super::members::Members;
+use super::operation::{Operation, submit};
 use super::schedule::{
-    AllGather, AllToAll, Broadcast, Form, Place, PointToPoint, ReduceScatter, Schedule, Way,
+    AllGather, AllToAll, Broadcast, Form, Place, PointToPoint, ReduceScatter, Schedule, Target, Way,
 };
-use super::ticket::{Promise, Ticket, Traffic};
+use super::ticket::{Promise, Ticket};
 
-/// How many ranks of a lane an error message lists.
-const LISTED_RANKS: usize = 8;
+/// The schedules of an operation, or why its arguments do not fit.
+type Plan = Result<Vec<Box<dyn Schedule>>, String>;
 
 /// The type in which the elements of a reduce-scatter travel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,32 +31,9 @@ pub enum Wire {
     Bf16,
 }
 
-/// The ranks of a lane and its number.
-#[derive(Debug)]
-pub(super) struct Members {
-    pub(super) id: u32,
-    /// Ranks of the world, ascending.
-    pub(super) ranks: Vec<usize>,
-}
-
-impl fmt::Display for Members {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let listed: Vec<_> = self
-            .ranks
-            .iter()
-            .take(LISTED_RANKS)
-            .map(usize::to_string)
-            .collect();
-        write!(f, "lane {} (ranks {}", self.id, listed.join(", "))?;
-        match self.ranks.len().saturating_sub(LISTED_RANKS) {
-            0 => write!(f, ")"),
-            more => write!(f, " and {more} more)"),
-        }
-    }
-}
-
 /// A communicator over some ranks with one queue: operations run in the order in which they are
-/// called, which must be the same on all of its ranks. Lanes run independently of each other.
+/// called, which must be the same on all of its ranks. Lanes run independently of each other, unless
+/// [`Lane::after`] makes an operation of one wait for an operation of another.
 ///
 /// Every operation takes a tensor and returns a [`Ticket`] at once. The tensor must be contiguous
 /// and on the CPU; it belongs to the operation until the ticket gives it back. If it shares its
@@ -68,8 +47,12 @@ pub struct Lane {
     members: Arc<Members>,
     place: Place,
     rank: usize,
-    /// Absent on a lane of one rank, where nothing has to travel.
+    /// Absent in a world of one rank, which has no communication thread.
     commands: Option<Sender<Command>>,
+    /// Present on a lane of one rank, where nothing has to travel.
+    alone: Option<Arc<Alone>>,
+    /// What the operations of this handle come after.
+    after: Vec<Event>,
 }
 
 impl Lane {
@@ -84,7 +67,16 @@ impl Lane {
             place,
             rank,
             commands,
+            alone: (place.size == 1).then(Arc::default),
+            after: Vec::new(),
         }
+    }
+
+    /// The lane's number: how many lanes this rank had created before it. Ranks of a lane have the
+    /// same number for it.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.members.id
     }
 
     /// The number of ranks of this lane.
@@ -105,20 +97,76 @@ impl Lane {
         &self.members.ranks
     }
 
+    /// A handle on the same lane and the same queue whose operations do not start before the one of
+    /// `ticket`, an operation of this rank on another lane, has ended; nor before whatever this
+    /// handle waits for already. An operation that must not start yet holds up those behind it on
+    /// its lane; the step thread waits for nothing.
+    ///
+    /// This chains operations over the same memory: reduce-scatter in the shard group, then
+    /// all-reduce of the own slice (a view made before) in the replica group. The handle stays valid
+    /// when the ticket is waited for or dropped, and keeps no tensor alive.
+    ///
+    /// If the operation of `ticket` failed, those of the handle are not run: the first fails with
+    /// [`Error::Dependency`](super::Error::Dependency) and poisons its lane.
+    ///
+    /// Ranks need not chain alike, but there must be one order of all operations of all lanes that
+    /// fits every rank's queues and chains; otherwise ranks wait for each other for ever.
+    ///
+    /// On a lane of one rank tickets are ready at once as long as nothing has to be waited for. From
+    /// the first operation that must wait, that lane has a queue like any other.
+    #[must_use = "operations of the original handle do not wait"]
+    pub fn after(&self, ticket: &Ticket) -> Self {
+        let mut lane = self.clone();
+        lane.after.push(ticket.event());
+        lane
+    }
+
     /// Sums slices over the ranks: `buffer` is `[size · slice]` f32; afterwards
     /// `buffer[index·slice..(index+1)·slice]` holds the sum over all ranks of that slice, added in
     /// f32 in rank order, and the rest is unspecified.
     pub fn reduce_scatter(&self, buffer: Tensor, wire: Wire) -> Ticket {
         let place = self.place;
         self.submit("reduce-scatter", buffer, |buffer| {
-            expect_element(buffer, &[Element::F32])?;
-            expect_slices(buffer, place)?;
-            let form = match wire {
-                Wire::F32 => Form::F32,
-                Wire::Bf16 => Form::F32AsBf16,
-            };
-            Ok(vec![Box::new(ReduceScatter::new(buffer, place, form))])
+            let form = summed_form(buffer, place, wire)?;
+            Ok(vec![Box::new(ReduceScatter::new(
+                buffer,
+                Target::InPlace,
+                place,
+                form,
+            ))])
         })
+    }
+
+    /// Like [`Lane::reduce_scatter`], but this rank's sum goes to `into` and `buffer` is left as it
+    /// was: `into` is `[slice]` f32 (any shape of as many elements) and shares no memory with
+    /// `buffer`. It is overwritten, or with `accumulate` becomes `into[i] + sum[i]`, where `sum[i]`
+    /// is formed in rank order first.
+    ///
+    /// The ticket gives `buffer` back; keep a view of `into` to read it, and do not touch it until
+    /// then. After a failure it holds parts of the result.
+    pub fn reduce_scatter_into(
+        &self,
+        buffer: Tensor,
+        wire: Wire,
+        into: Tensor,
+        accumulate: bool,
+    ) -> Ticket {
+        let place = self.place;
+        let target = checked(&into).map_err(|reason| format!("the target: {reason}"));
+        let plan = |buffer: Buffer| -> Plan {
+            let form = summed_form(buffer, place, wire)?;
+            let target = target?;
+            expect_target(target, buffer, place)?;
+            let target = if accumulate {
+                Target::Add(target)
+            } else {
+                Target::Write(target)
+            };
+            Ok(vec![Box::new(ReduceScatter::new(
+                buffer, target, place, form,
+            ))])
+        };
+        self.submit_with("reduce-scatter-into", buffer, Some(into), plan)
     }
 
     /// Gathers slices: `buffer` is `[size · slice]` of any type that lanes carry, with the slice at
@@ -143,7 +191,7 @@ impl Lane {
                 Form::F32
             };
             Ok(vec![
-                Box::new(ReduceScatter::new(buffer, place, form)),
+                Box::new(ReduceScatter::new(buffer, Target::InPlace, place, form)),
                 Box::new(AllGather::new(buffer, place)),
             ])
         })
@@ -198,40 +246,83 @@ impl Lane {
         })
     }
 
-    /// Checks the tensor, lets `plan` cut the operation into schedules and queues them.
+    /// An operation in place, which has nothing to do on a lane of one rank.
     fn submit(
         &self,
         name: &'static str,
         tensor: Tensor,
-        plan: impl FnOnce(Buffer) -> Result<Vec<Box<dyn Schedule>>, String>,
+        plan: impl FnOnce(Buffer) -> Plan,
     ) -> Ticket {
-        let phases: VecDeque<_> = match checked(&tensor).and_then(plan) {
-            Ok(phases) => phases.into(),
-            Err(reason) => {
-                let lane = self.members.to_string();
-                return Ticket::ready(Err(Error::InvalidArgument {
-                    lane,
-                    operation: name,
-                    reason,
-                }));
-            }
-        };
-        let Some(commands) = &self.commands else {
-            return Ticket::ready(Ok((tensor, Traffic::default())));
-        };
+        self.submit_with(name, tensor, None, |buffer| {
+            let phases = plan(buffer)?;
+            Ok(if self.place.size == 1 {
+                Vec::new()
+            } else {
+                phases
+            })
+        })
+    }
+
+    /// Checks the tensor, lets `plan` cut the operation into schedules and passes it on.
+    fn submit_with(
+        &self,
+        name: &'static str,
+        tensor: Tensor,
+        into: Option<Tensor>,
+        plan: impl FnOnce(Buffer) -> Plan,
+    ) -> Ticket {
+        let planned = checked(&tensor).and_then(plan);
         let (promise, ticket) = Promise::new(self.rank);
-        let lane = Arc::clone(&self.members);
-        // When the communication thread has ended, the command comes back in the error and its
-        // promise tells the ticket.
-        let _ = commands.send(Command::Submit(Operation {
+        let (phases, refused) = match planned {
+            Ok(phases) => (phases.into(), None),
+            Err(reason) => (VecDeque::new(), Some(reason)),
+        };
+        let operation = Operation {
             name,
-            lane,
+            lane: Arc::clone(&self.members),
             tensor,
+            into,
             phases,
+            after: self.after.clone(),
             promise,
-        }));
+        };
+        match (refused, &self.alone) {
+            (Some(reason), _) => operation.refuse(reason),
+            (None, Some(alone)) => alone.run(operation, self.commands.as_ref()),
+            (None, None) => submit(operation, self.commands.as_ref()),
+        }
         ticket
     }
+}
+
+/// The form in which `buffer` is summed.
+fn summed_form(buffer: Buffer, place: Place, wire: Wire) -> Result<Form, String> {
+    expect_element(buffer, &[Element::F32])?;
+    expect_slices(buffer, place)?;
+    Ok(match wire {
+        Wire::Bf16 if place.size > 1 => Form::F32AsBf16,
+        // Alone, nothing travels and nothing is rounded.
+        _ => Form::F32,
+    })
+}
+
+/// Checks the tensor that the own slice's sum goes to.
+fn expect_target(into: Buffer, buffer: Buffer, place: Place) -> Result<(), String> {
+    expect_element(into, &[Element::F32]).map_err(|reason| format!("the target: {reason}"))?;
+    let slice = buffer.elements() / place.size;
+    if into.elements() != slice {
+        return Err(format!(
+            "expected a target of the {slice} elements of one slice, found {}",
+            into.elements()
+        ));
+    }
+    if into.overlaps(&buffer) {
+        return Err(
+            "expected a target apart from the buffer, found one that shares memory with it"
+                .to_owned(),
+        );
+    }
+    Ok(())
 }
 
 fn expect_element(buffer: Buffer, expected: &[Element]) -> Result<(), String> {
@@ -256,35 +347,4 @@ fn expect_slices(buffer: Buffer, place: Place) -> Result<(), String> {
 }
 
 #[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-
-    use tch::{Device, Kind};
-
-    use super::super::Comm;
-    use super::*;
-
-    #[test]
-    fn arguments_that_do_not_fit_are_refused_without_harm_to_the_lane() {
-        let lane = Comm::solo().lane(&[0]).unwrap();
-        let wrong = lane.reduce_scatter(Tensor::zeros([4], (Kind::Double, Device::Cpu)), Wire::F32);
-        let error = wrong.wait().unwrap_err().to_string();
-        assert!(
-            error.contains("reduce-scatter on lane 0 (ranks 0)"),
-            "{error}"
-        );
-        assert!(error.contains("[F32], found F64"), "{error}");
-        let itself = lane.send(Tensor::zeros([4], (Kind::Float, Device::Cpu)), 0);
-        assert!(
-            itself
-                .wait()
-                .unwrap_err()
-                .to_string()
-                .contains("another of its 1 ranks")
-        );
-        let tensor = Tensor::from_slice(&[1.5f32, 2.5]);
-        let (tensor, traffic) = lane.reduce_scatter(tensor, Wire::Bf16).wait().unwrap();
-        assert_eq!(Vec::<f32>::try_from(&tensor).unwrap(), [1.5, 2.5]);
-        assert_eq!(traffic.bytes_sent, 0);
-    }
-}
+mod tests;

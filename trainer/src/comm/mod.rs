@@ -24,8 +24,11 @@
 //! - **The same bits everywhere.** Sums are formed in rank order in f32 (f64 for f64), whatever the
 //!   order in which messages arrive and whoever owns the result; [`Wire::Bf16`] rounds each
 //!   contribution once, the own one too.
-//! - **One order per lane, none between lanes.** All ranks must queue the same operations on a lane
-//!   in the same order. Lanes never wait for each other and never mix: each has its own message tag.
+//! - **One order per lane; between lanes, events.** All ranks must queue the same operations on a
+//!   lane in the same order. Lanes never mix, each has its own message tag, and wait for each other
+//!   only where [`Lane::after`] says so: the communication thread holds the operation back until the
+//!   other one has ended, while the step thread goes on. A lane of one rank has no queue until that
+//!   happens to it; its operations run where they are called.
 //! - **Errors are results.** A failed operation poisons its lane and tells every ticket which lane,
 //!   operation and peer failed. A ticket may be dropped: the communication thread keeps the memory
 //!   until the operation is over.
@@ -37,14 +40,21 @@
 //! operation (`buffer`, `schedule`), the addresses that threads exchange (`threads`), and raw MPI
 //! calls (`mpi`).
 
+mod active;
+mod alone;
+mod backoff;
 mod buffer;
 mod engine;
 mod environment;
 mod error;
+mod event;
 mod handle;
 mod lane;
+mod members;
 #[cfg(feature = "mpi")]
 mod mpi;
+mod operation;
+mod queue;
 mod schedule;
 mod threads;
 mod ticket;

@@ -6,26 +6,24 @@
 //! an error, so nobody waits for ever.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use tch::Tensor;
 
 use super::error::{Error, Result};
+use super::event::Event;
 
 /// What one operation cost this rank.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Traffic {
     /// Payload bytes that this rank sent to others.
     pub bytes_sent: u64,
-    /// Seconds from the moment the operation reached the head of its lane to its end. The part of
-    /// them that a step had to wait for is measured by the caller of [`Ticket::wait`].
+    /// When it started: it had reached the head of its lane, and what it comes after had ended.
+    /// Absent when there was nothing to do, on a lane of one rank.
+    pub begun: Option<Instant>,
+    /// Seconds from `begun` to its end. The part of them that a step had to wait for is measured by
+    /// the caller of [`Ticket::wait`].
     pub busy_seconds: f64,
-}
-
-impl std::ops::AddAssign for Traffic {
-    fn add_assign(&mut self, other: Self) {
-        self.bytes_sent += other.bytes_sent;
-        self.busy_seconds += other.busy_seconds;
-    }
 }
 
 type Outcome = Result<(Tensor, Traffic)>;
@@ -46,6 +44,7 @@ impl Slot {
 #[must_use = "wait for the ticket to get the tensor back and to learn whether the operation failed"]
 pub struct Ticket {
     slot: Arc<Slot>,
+    event: Event,
 }
 
 impl Ticket {
@@ -73,15 +72,9 @@ impl Ticket {
         self.slot.lock().is_some()
     }
 
-    /// A ticket whose outcome is known already.
-    pub(super) fn ready(outcome: Outcome) -> Self {
-        let slot = Slot {
-            outcome: Mutex::new(Some(outcome)),
-            done: Condvar::new(),
-        };
-        Self {
-            slot: Arc::new(slot),
-        }
+    /// The end of the operation, for those that come after it.
+    pub(super) fn event(&self) -> Event {
+        self.event.clone()
     }
 }
 
@@ -96,6 +89,7 @@ impl std::fmt::Debug for Ticket {
 /// The end of a ticket that the communication thread holds.
 pub(super) struct Promise {
     slot: Arc<Slot>,
+    event: Event,
     rank: usize,
 }
 
@@ -106,17 +100,26 @@ impl Promise {
             outcome: Mutex::new(None),
             done: Condvar::new(),
         });
+        let event = Event::default();
         (
             Self {
                 slot: Arc::clone(&slot),
+                event: event.clone(),
                 rank,
             },
-            Ticket { slot },
+            Ticket { slot, event },
         )
     }
 
     /// Hands the outcome to whoever holds the ticket.
     pub(super) fn fulfil(self, outcome: Outcome) {
+        self.end(outcome);
+    }
+
+    /// The event comes first: whoever has the outcome may count on it.
+    fn end(&self, outcome: Outcome) {
+        let failure = outcome.as_ref().err().map(|error| Arc::new(error.clone()));
+        self.event.happen(failure);
         *self.slot.lock() = Some(outcome);
         self.slot.done.notify_all();
     }
@@ -124,16 +127,13 @@ impl Promise {
 
 impl Drop for Promise {
     fn drop(&mut self) {
-        let mut outcome = self.slot.lock();
-        // `fulfil` drops too; its outcome (perhaps taken by the waiter already) must stand. With
-        // only our own handle left nobody can see what is written here.
-        if outcome.is_none() && Arc::strong_count(&self.slot) > 1 {
+        // `fulfil` drops too; its outcome (perhaps taken by the waiter already) must stand.
+        if !self.event.has_happened() {
             let reason = "it stopped before the operation was done".to_owned();
-            *outcome = Some(Err(Error::Closed {
+            self.end(Err(Error::Closed {
                 rank: self.rank,
                 reason,
             }));
-            self.slot.done.notify_all();
         }
     }
 }
@@ -159,6 +159,7 @@ mod tests {
         let (promise, ticket) = Promise::new(0);
         let traffic = Traffic {
             bytes_sent: 8,
+            begun: Some(Instant::now()),
             busy_seconds: 0.5,
         };
         promise.fulfil(Ok((Tensor::from_slice(&[1f32, 2.0]), traffic)));

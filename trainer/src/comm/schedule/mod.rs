@@ -9,7 +9,8 @@
 //! algorithm here pure bookkeeping over addresses:
 //!
 //! - [`ReduceScatter`]: everybody sends each member its slice directly and adds what arrives *in
-//!   rank order*, so the sum has the same bits whoever owns the slice and however messages race;
+//!   rank order*, so the sum has the same bits whoever owns the slice and however messages race.
+//!   The sum replaces the own contribution or goes to another buffer;
 //! - [`AllGather`]: everybody sends its slice to everybody, straight into place;
 //! - all-reduce is the one followed by the other;
 //! - [`Broadcast`]: a binomial tree, pipelined by chunks;
@@ -27,7 +28,7 @@ use std::ops::Range;
 pub(super) use broadcast::Broadcast;
 pub(super) use exchange::{AllToAll, PointToPoint};
 pub(super) use gather::AllGather;
-pub(super) use reduce::{Form, ReduceScatter};
+pub(super) use reduce::{Form, ReduceScatter, Target};
 
 /// Rounds of one operation that may be in flight together.
 pub(super) const WINDOW: usize = 4;

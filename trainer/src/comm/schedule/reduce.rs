@@ -30,21 +30,33 @@ impl Form {
     }
 }
 
-/// Sends each member its slice and sums the own one. The other slices of the buffer are left as
-/// they were.
+/// Where the sum of the own slice goes.
+#[derive(Debug, Clone, Copy)]
+pub(in super::super) enum Target {
+    /// To where the own contribution lies.
+    InPlace,
+    /// To another buffer of the length of a slice, in place of what is there.
+    Write(Buffer),
+    /// To another buffer of the length of a slice, added to what is there.
+    Add(Buffer),
+}
+
+/// Sends each member its slice and sums the own one. The rest of the buffer is left as it was.
 pub(in super::super) struct ReduceScatter {
     buffer: Buffer,
+    target: Target,
     place: Place,
     split: Split,
     form: Form,
 }
 
 impl ReduceScatter {
-    /// Reduces `buffer`, whose elements are those of `form`.
-    pub(in super::super) fn new(buffer: Buffer, place: Place, form: Form) -> Self {
+    /// Reduces `buffer`, whose elements (and those of `target`) are those of `form`.
+    pub(in super::super) fn new(buffer: Buffer, target: Target, place: Place, form: Form) -> Self {
         let split = Split::new(buffer.elements(), place.size, buffer.element().bytes());
         Self {
             buffer,
+            target,
             place,
             split,
             form,
@@ -109,75 +121,106 @@ impl Schedule for ReduceScatter {
 
     fn finish(&mut self, round: usize, scratch: &mut Scratch) {
         let own = self.split.range(self.place.index, round);
-        let base = self.buffer.at(own.start);
+        let base = self.buffer.at(own.start).cast_const();
+        let offset = own.start - self.split.range(self.place.index, 0).start;
+        let (target, add) = match self.target {
+            Target::InPlace => (self.buffer.at(own.start), false),
+            Target::Write(into) => (into.at(offset), false),
+            Target::Add(into) => (into.at(offset), true),
+        };
         let arrived: Vec<_> = (0..self.place.size)
             .filter(|&member| member != self.place.index)
             .map(|member| scratch.at(self.arrived(round, member)).cast_const())
             .collect();
-        let (index, length) = (self.place.index, own.len());
-        // SAFETY: `base` and every pointer of `arrived` lead to `length` elements of the form's
-        // memory and wire types, aligned (chunks are multiples of 64 elements); the tensor and the
-        // scratch memory are different allocations, and the finished round has no transfer left
-        // that uses either. Other rounds use other chunks.
+        let contributions = Contributions {
+            own: base,
+            arrived: &arrived,
+            index: self.place.index,
+            length: own.len(),
+        };
+        // SAFETY: `base`, `target` and every pointer of `arrived` lead to `length` elements of the
+        // form's memory and wire types, aligned (chunks are multiples of 64 elements). The scratch
+        // memory is another allocation than the tensors; `target` is `base` itself or lies in a
+        // tensor that does not overlap the buffer, which the lane has checked. The finished round
+        // has no transfer left that uses any of them, and other rounds use other chunks.
         unsafe {
             match self.form {
                 Form::F32 => {
-                    sum_in_order(base.cast::<f32>(), &arrived, index, length, |x| x, |x| x)
+                    contributions.sum_in_order(target.cast::<f32>(), add, |x| x, |x: f32| x)
                 }
                 Form::F64 => {
-                    sum_in_order(base.cast::<f64>(), &arrived, index, length, |x| x, |x| x)
+                    contributions.sum_in_order(target.cast::<f64>(), add, |x| x, |x: f64| x)
                 }
                 Form::F32AsBf16 => {
                     let round = |x| from_bf16(to_bf16(x));
-                    sum_in_order(
-                        base.cast::<f32>(),
-                        &arrived,
-                        index,
-                        length,
-                        round,
-                        from_bf16,
-                    );
+                    contributions.sum_in_order(target.cast::<f32>(), add, round, from_bf16)
                 }
             }
         }
     }
 }
 
-/// Replaces `length` elements at `own` by the sum over members in order: the own contribution
-/// (through `own_value`) stands at `index`, those of `arrived` (through `wire_value`) around it.
-///
-/// # Safety
-/// `own` and all of `arrived` point to `length` valid, aligned elements that nobody else uses; none
-/// of `arrived` overlaps `own`.
-unsafe fn sum_in_order<E, W>(
-    own: *mut E,
-    arrived: &[*const u8],
+/// What the members give for one chunk of this member's slice.
+struct Contributions<'a> {
+    own: *const u8,
+    /// Those of the others, in their order.
+    arrived: &'a [*const u8],
+    /// This member's place among them.
     index: usize,
+    /// Elements of each.
     length: usize,
-    own_value: impl Fn(E) -> E,
-    wire_value: impl Fn(W) -> E,
-) where
-    E: Copy + Default + Add<Output = E>,
-    W: Copy,
-{
-    let mut sums = [E::default(); BLOCK];
-    for start in (0..length).step_by(BLOCK) {
-        let count = BLOCK.min(length - start);
-        let sums = &mut sums[..count];
-        // SAFETY: `start..start + count` lies within the `length` elements the caller vouches for.
-        let own = unsafe { std::slice::from_raw_parts_mut(own.add(start), count) };
-        for member in 0..=arrived.len() {
-            if member == index {
-                accumulate(sums, own, member == 0, &own_value);
+}
+
+impl Contributions<'_> {
+    /// Writes the sum over members in order to `target`, or adds it (`add`) to what is there: the
+    /// own contribution, through `own_value`, stands at `index`, those that arrived, through
+    /// `wire_value`, around it.
+    ///
+    /// # Safety
+    /// `own` points to `length` valid, aligned elements of type `E`, all of `arrived` to as many of
+    /// type `W`, and nobody else writes to them. `target` points to as many of type `E` that nobody
+    /// else uses; it is `own` or overlaps none of the others.
+    unsafe fn sum_in_order<E, W>(
+        &self,
+        target: *mut E,
+        add: bool,
+        own_value: impl Fn(E) -> E,
+        wire_value: impl Fn(W) -> E,
+    ) where
+        E: Copy + Default + Add<Output = E>,
+        W: Copy,
+    {
+        let mut sums = [E::default(); BLOCK];
+        for start in (0..self.length).step_by(BLOCK) {
+            let count = BLOCK.min(self.length - start);
+            let sums = &mut sums[..count];
+            for member in 0..=self.arrived.len() {
+                if member == self.index {
+                    let own = self.own.cast::<E>();
+                    // SAFETY: `start..start + count` lies within the `length` elements that the
+                    // caller vouches for; nothing is written to them while the slice lives.
+                    let own = unsafe { std::slice::from_raw_parts(own.add(start), count) };
+                    accumulate(sums, own, member == 0, &own_value);
+                } else {
+                    let position = if member < self.index {
+                        member
+                    } else {
+                        member - 1
+                    };
+                    let source = self.arrived[position].cast::<W>();
+                    // SAFETY: as above.
+                    let source = unsafe { std::slice::from_raw_parts(source.add(start), count) };
+                    accumulate(sums, source, member == 0, &wire_value);
+                }
+            }
+            // SAFETY: as above; the slice of `own`, which this may be, is not used any more.
+            let target = unsafe { std::slice::from_raw_parts_mut(target.add(start), count) };
+            if add {
+                accumulate(target, sums, false, |sum| sum);
             } else {
-                let position = if member < index { member } else { member - 1 };
-                let source = arrived[position].cast::<W>();
-                // SAFETY: as above.
-                let source = unsafe { std::slice::from_raw_parts(source.add(start), count) };
-                accumulate(sums, source, member == 0, &wire_value);
+                target.copy_from_slice(sums);
             }
         }
-        own.copy_from_slice(sums);
     }
 }
 
