@@ -95,8 +95,10 @@ fn prepare(args: &LaunchArgs) -> Result<(Job, Config)> {
         );
     }
     let config = Config::load(&args.config, &args.sets)?;
-    oxitron_trainer::run::check_ranks(&config, args.ranks as usize)?;
     let hosts = args.hosts.as_deref().map(Hosts::read).transpose()?;
+    let ranks = args.ranks as usize;
+    let per_node = hosts.as_ref().map_or(ranks, |hosts| hosts.busiest(ranks));
+    oxitron_trainer::run::RunPlan::new(&config, ranks, per_node)?;
     let program = std::env::current_exe().context("cannot find this program's own file")?;
     let path = args
         .config

@@ -10,7 +10,6 @@ use tch::Device;
 use tokenizers::Tokenizer;
 
 use crate::checkpoint::{self, Checkpoint};
-use crate::comm::{Comm, Wire};
 use crate::config::{Dtype, DtypeChoice, Family, ModelConfig, Patterns};
 use crate::convert::{HfFolder, LlamaConfig};
 use crate::model::{Activations, Batch, Decoder, ModelError, describe};
@@ -40,9 +39,6 @@ pub enum GenerateError {
     /// A kernel failed.
     #[error(transparent)]
     Kernel(#[from] oxitron_kernels::Error),
-    /// Communication with oneself.
-    #[error(transparent)]
-    Comm(#[from] crate::comm::Error),
     /// libtorch failed.
     #[error("libtorch: {0}")]
     Torch(#[from] tch::TchError),
@@ -124,9 +120,7 @@ impl Generator {
         // Frozen tensors are held in the compute dtype alone: no gradients, no optimizer state.
         let units = describe(&model, |_| false, |_| false)?;
         let decoder = Decoder::new(&model, dtype);
-        let lane = Comm::solo().lane(&[0])?;
-        let kind = decoder.compute_kind();
-        let mut zero = Zero::new(&units, lane, kind, Wire::F32, Device::Cpu)?;
+        let mut zero = Zero::solo(&units, decoder.compute_kind(), Device::Cpu)?;
         zero.load(|spec, _, range, out| read(&spec.name, range, out))?;
         Ok(Self {
             decoder,

@@ -21,11 +21,11 @@ pub struct Mesh {
 }
 
 impl Mesh {
-    /// A mesh of `world` data-parallel ranks whose optimizer state is split over all of them.
-    pub fn sharded_over_world(world: usize) -> Self {
+    /// A mesh of `world` data-parallel ranks in shard groups of `shard`, which divides `world`.
+    pub fn data_parallel_groups(world: usize, shard: usize) -> Self {
         Self {
-            replicate: 1,
-            shard: world,
+            replicate: world / shard,
+            shard,
             cp: 1,
             tp: 1,
             pp: 1,
@@ -43,7 +43,7 @@ impl Mesh {
         self.replicate * self.shard
     }
 
-    /// The ranks that hold the sharded state together with `rank`, in ascending order.
+    /// The ranks that together with `rank` hold one copy of the sharded state, in ascending order.
     pub fn shard_group(&self, rank: usize) -> Vec<usize> {
         let first = rank / self.shard * self.shard;
         (first..first + self.shard).collect()
@@ -53,6 +53,18 @@ impl Mesh {
     pub fn shard_index(&self, rank: usize) -> usize {
         rank % self.shard
     }
+
+    /// The ranks that hold the same slices as `rank`, one in every shard group, in ascending order.
+    pub fn replica_group(&self, rank: usize) -> Vec<usize> {
+        (0..self.replicate)
+            .map(|replica| replica * self.shard + self.shard_index(rank))
+            .collect()
+    }
+
+    /// Which copy of the sharded state `rank` holds a part of: its position in its replica group.
+    pub fn replica_index(&self, rank: usize) -> usize {
+        rank / self.shard % self.replicate
+    }
 }
 
 #[cfg(test)]
@@ -60,20 +72,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn shard_groups_partition_the_world() {
-        let mesh = Mesh {
-            replicate: 3,
-            shard: 4,
-            cp: 1,
-            tp: 1,
-            pp: 1,
-            ep: 1,
-        };
-        assert_eq!(mesh.world(), 12);
+    fn every_rank_is_where_its_shard_group_and_its_replica_group_cross() {
+        let mesh = Mesh::data_parallel_groups(12, 4);
+        assert_eq!((mesh.world(), mesh.replicate), (12, 3));
         for rank in 0..12 {
-            let group = mesh.shard_group(rank);
-            assert_eq!(group.len(), 4);
-            assert_eq!(group[mesh.shard_index(rank)], rank);
+            let (shard, replica) = (mesh.shard_group(rank), mesh.replica_group(rank));
+            assert_eq!((shard.len(), replica.len()), (4, 3));
+            assert_eq!(shard[mesh.shard_index(rank)], rank);
+            assert_eq!(replica[mesh.replica_index(rank)], rank);
+            let common = shard.iter().filter(|member| replica.contains(member));
+            assert_eq!(common.count(), 1);
         }
     }
 }

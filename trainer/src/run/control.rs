@@ -4,8 +4,6 @@
 //! number of targets, the gradient norm, and whether anybody asked to stop. Decisions are made from
 //! the sums alone, so every rank decides alike.
 
-use std::time::Duration;
-
 use oxitron_kernels::norm::SumOfSquares;
 use tch::Tensor;
 
@@ -108,9 +106,7 @@ pub(super) fn sum(
     let began = std::time::Instant::now();
     let tensor = Tensor::f_from_slice(values)?;
     let (tensor, traffic) = lane.all_reduce(tensor).wait()?;
-    clock.exposed += began.elapsed();
-    clock.busy += Duration::from_secs_f64(traffic.busy_seconds);
-    clock.bytes_sent += traffic.bytes_sent;
+    clock.count("control", None, began, traffic);
     Ok(Vec::<f64>::try_from(&tensor)?)
 }
 

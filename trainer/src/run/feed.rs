@@ -111,12 +111,11 @@ pub(super) fn validation_batches(
         slot.map(|sample| dataset.read(&index.samples[sample]))
             .transpose()
     };
+    // Slots without a sample run too: every rank takes part in as many gathers.
     let mut batches = Vec::new();
     for slots in assignment.rank(ranks.rank) {
-        if slots.iter().any(Option::is_some) {
-            let samples: Vec<_> = slots.iter().map(read).collect::<Result<_, _>>()?;
-            batches.push(tensors(&samples, stage.seq_len, device)?);
-        }
+        let samples: Vec<_> = slots.iter().map(read).collect::<Result<_, _>>()?;
+        batches.push(tensors(&samples, stage.seq_len, device)?);
     }
     Ok(batches)
 }

@@ -17,6 +17,7 @@ mod feed;
 mod folder;
 mod open;
 mod origin;
+mod plan;
 mod progress;
 mod ranks;
 mod save;
@@ -29,5 +30,5 @@ mod validate;
 mod tests;
 
 pub use error::RunError;
-pub use stage::check_ranks;
+pub use plan::RunPlan;
 pub use trainer::{Options, Outcome, train};

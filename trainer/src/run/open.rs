@@ -11,16 +11,17 @@ use super::{
     RunError,
     folder::RunFolder,
     origin::Origin,
+    plan::{RunPlan, wire},
     progress::Progress,
     ranks::Ranks,
-    stage,
     trainer::{Options, Trainer, dtype_name},
 };
-use crate::comm::{Comm, Wire};
+use crate::comm::Comm;
 use crate::config::{Config, Dtype, SourceConfig};
 use crate::metrics::{self, Event, MetricsWriter};
-use crate::model::{Decoder, describe};
-use crate::zero::{InitialValues, StateKind, Zero};
+use crate::model::Decoder;
+use crate::plan::Action;
+use crate::zero::{Groups, InitialValues, StateKind, Zero};
 
 impl<'a> Trainer<'a> {
     /// Checks the plan, takes hold of the run directory, opens the data and fills the state.
@@ -30,10 +31,7 @@ impl<'a> Trainer<'a> {
         options: &'a Options,
     ) -> Result<Self, RunError> {
         let ranks = Ranks::new(comm)?;
-        stage::check_ranks(config, ranks.ranks)?;
-        let decay = |name: &str| !config.optimizer.no_decay.matches(name);
-        let trainable = |name: &str| !config.model.freeze.matches(name);
-        let units = describe(&config.model, trainable, decay)?;
+        let plan = RunPlan::new(config, ranks.ranks, comm.local_world())?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let share = (cores / comm.local_world()).max(1);
         Threads::set(config.run.threads.unwrap_or(share))?;
@@ -46,7 +44,7 @@ impl<'a> Trainer<'a> {
             Ok(None)
         })?;
         let origin = Origin::find(config, &ranks, options)?;
-        ranks.together(origin.check(&units))?;
+        ranks.together(origin.check(&plan.units))?;
         let (run_id, attempt) = identify(config, &ranks, &origin)?;
         let dtype = choose_dtype(config, &ranks, &origin)?;
         let open_metrics = |folder: &RunFolder| {
@@ -58,16 +56,15 @@ impl<'a> Trainer<'a> {
         let dataset = open_dataset(config, &ranks, &origin)?;
         let device = Device::Cpu;
         let decoder = Decoder::new(&config.model, dtype);
-        let everyone: Vec<usize> = (0..ranks.ranks).collect();
-        let wire = match config.parallel.grad_reduce_dtype {
-            Dtype::Bf16 => Wire::Bf16,
-            Dtype::Fp32 => Wire::F32,
-        };
         let zero = Zero::new(
-            &units,
-            comm.lane(&everyone)?,
-            decoder.compute_kind(),
-            wire,
+            &plan.units,
+            &plan.map,
+            &plan.layout,
+            Groups::new(comm, &plan.layout.mesh)?,
+            (
+                decoder.compute_kind(),
+                wire(config.parallel.grad_reduce_dtype),
+            ),
             device,
         )?;
         let mut trainer = Self {
@@ -77,7 +74,7 @@ impl<'a> Trainer<'a> {
             ranks,
             device,
             dtype,
-            units,
+            plan,
             decoder,
             zero,
             dataset,
@@ -89,6 +86,11 @@ impl<'a> Trainer<'a> {
         };
         let filled = trainer.fill(&origin);
         trainer.ranks.together(filled)?;
+        for action in trainer.plan.opening() {
+            if let Action::Exchange(exchange) = action {
+                trainer.zero.exchange(exchange)?;
+            }
+        }
         trainer.announce(&origin)?;
         Ok(trainer)
     }
@@ -145,7 +147,7 @@ impl<'a> Trainer<'a> {
         let optimizer_bytes = self.zero.optimizer_bytes() as f64;
         tracing::info!(
             "{} parameters, {} on {} ranks; optimizer state {:.1} MB on this rank",
-            self.units.parameters(),
+            self.plan.units.parameters(),
             dtype_name(self.dtype),
             self.ranks.ranks,
             optimizer_bytes / 1e6,

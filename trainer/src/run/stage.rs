@@ -3,11 +3,11 @@
 use oxitron_kernels::RopeTable;
 use tch::Device;
 
-use super::{RunError, feed::Feed};
+use super::{RunError, feed::Feed, plan::RunPlan};
 use crate::checkpoint::StageMark;
 use crate::config::{Config, Recompute, StageConfig};
 use crate::model::{Activations, Decoder};
-use crate::plan::{Action, StepShape, Units, emit_step};
+use crate::plan::Action;
 
 /// A stage, ready to take steps.
 pub(super) struct Stage<'a> {
@@ -15,6 +15,8 @@ pub(super) struct Stage<'a> {
     pub(super) config: &'a StageConfig,
     /// What every step of the stage does.
     pub(super) actions: Vec<Action>,
+    /// What the validation of a micro-batch does.
+    pub(super) evaluation: Vec<Action>,
     pub(super) rope: RopeTable,
     pub(super) activations: Activations,
     pub(super) feed: Feed,
@@ -25,24 +27,19 @@ impl<'a> Stage<'a> {
     pub(super) fn new(
         config: &'a Config,
         index: usize,
-        ranks: usize,
-        units: &Units,
+        plan: &RunPlan,
         decoder: &Decoder,
         feed: Feed,
         device: Device,
     ) -> Result<Self, RunError> {
         let stage = &config.stages[index];
         let recompute = config.parallel.recompute == Recompute::Full;
-        let shape = StepShape {
-            accumulation: stage.accumulation(ranks),
-            overlap: config.parallel.overlap,
-            recompute,
-        };
         let tokens = stage.micro_batch * stage.seq_len;
         Ok(Self {
             index,
             config: stage,
-            actions: emit_step(units, shape),
+            actions: plan.step(index),
+            evaluation: plan.evaluation(index),
             rope: RopeTable::new(stage.rope_base, config.model.head_dim, stage.seq_len)?,
             activations: decoder.activations(tokens, recompute, device)?,
             feed,
@@ -58,26 +55,4 @@ impl<'a> Stage<'a> {
             rope_base: self.config.rope_base,
         }
     }
-}
-
-/// Refuses stages that cannot give every rank a sample.
-///
-/// # Errors
-/// [`RunError::Plan`], with the numbers of the stage and what would fit.
-pub fn check_ranks(config: &Config, ranks: usize) -> Result<(), RunError> {
-    for stage in &config.stages {
-        let samples = stage.samples_per_batch();
-        if samples < ranks {
-            return Err(RunError::Plan(format!(
-                "stage \"{}\": a global batch of {} tokens holds {samples} samples of {} tokens, \
-                 fewer than the {ranks} ranks; start at most {samples} ranks, or raise \
-                 batch_tokens to {} or more",
-                stage.name,
-                stage.batch_tokens,
-                stage.seq_len,
-                ranks * stage.seq_len,
-            )));
-        }
-    }
-    Ok(())
 }

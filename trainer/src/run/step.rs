@@ -1,8 +1,8 @@
-//! The interpreter of a step's action list.
+//! The interpreter of action lists.
 
 use std::time::{Duration, Instant};
 
-use oxitron_kernels::{RopeTable, adamw::AdamW};
+use oxitron_kernels::{RopeTable, adamw::AdamW, norm::SumOfSquares};
 
 use super::{
     RunError,
@@ -13,15 +13,9 @@ use crate::model::{Activations, Batch, Decoder, Loss, Objective};
 use crate::plan::Action;
 use crate::zero::{CommClock, Zero};
 
-/// What a step works on.
+/// What the actions of a step work on.
 pub(super) struct Step<'a> {
-    pub(super) actions: &'a [Action],
-    /// One per micro-batch.
-    pub(super) batches: &'a [Batch],
-    pub(super) decoder: &'a Decoder,
-    pub(super) rope: &'a RopeTable,
-    pub(super) activations: &'a mut Activations,
-    pub(super) zero: &'a mut Zero,
+    pub(super) pass: Pass<'a>,
     /// All ranks.
     pub(super) world: &'a Lane,
     /// Settings of this step's update; the gradient scale is the control action's to decide.
@@ -31,7 +25,7 @@ pub(super) struct Step<'a> {
 }
 
 /// What a step did.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct StepReport {
     pub(super) agreement: Agreement,
     pub(super) verdict: Verdict,
@@ -41,53 +35,86 @@ pub(super) struct StepReport {
 
 impl Step<'_> {
     /// Walks the actions in order.
-    pub(super) fn run(mut self) -> Result<StepReport, RunError> {
-        let last_layer = self.decoder.layers() - 1;
+    pub(super) fn run(mut self, actions: &[Action]) -> Result<StepReport, RunError> {
         let mut loss = Loss::default();
+        let mut gradient = SumOfSquares::default();
         let mut agreement = Agreement::default();
         let mut verdict = Verdict::Skip {
             reason: "the step has no control action",
         };
-        let mut control_clock = CommClock::default();
         let mut optimizer = Duration::ZERO;
 
-        for &action in self.actions {
+        for &action in actions {
             match action {
-                Action::Forward { micro_batch, layer } if layer == last_layer => {
-                    loss += self.head(micro_batch)?;
-                }
-                Action::Forward { micro_batch, layer }
-                | Action::Recompute { micro_batch, layer } => self.forward(micro_batch, layer)?,
-                Action::Backward { micro_batch, layer } => self.backward(micro_batch, layer)?,
-                Action::Reduce { unit } => self.zero.reduce(unit)?,
-                Action::Gather { unit } => self.zero.gather(unit)?,
-                Action::Await { unit } => self.zero.settle(unit)?,
+                Action::Norm { piece } => gradient += self.pass.zero.sum_of_squares(piece)?,
                 Action::Control => {
-                    let gradient = self.zero.sum_of_squares()?;
-                    let stop_requested = self.stop_requested;
                     let mine = Contribution {
                         loss,
                         gradient,
-                        stop_requested,
+                        stop_requested: self.stop_requested,
                     };
-                    agreement = control::agree(self.world, mine, &mut control_clock)?;
+                    agreement = control::agree(self.world, mine, &mut self.pass.zero.clock)?;
                     verdict = agreement.verdict(self.clip_norm);
                 }
-                Action::Update { unit } => {
+                Action::Update { piece } => {
                     let began = Instant::now();
-                    self.update(unit, verdict)?;
+                    self.update(piece, verdict)?;
                     optimizer += began.elapsed();
                 }
+                other => loss += self.pass.act(other)?,
             }
         }
-        let mut comm = self.zero.take_clock();
-        comm += control_clock;
         Ok(StepReport {
             agreement,
             verdict,
-            comm,
+            comm: self.pass.zero.clock.take(),
             optimizer,
         })
+    }
+
+    fn update(&mut self, piece: usize, verdict: Verdict) -> Result<(), RunError> {
+        match verdict {
+            Verdict::Update { gradient_scale } => {
+                let adamw = AdamW {
+                    grad_scale: gradient_scale,
+                    ..self.adamw
+                };
+                self.pass.zero.update(piece, &adamw)?;
+            }
+            Verdict::Skip { .. } => self.pass.zero.skip(piece)?,
+        }
+        Ok(())
+    }
+}
+
+/// Micro-batches on their way through the layers.
+pub(super) struct Pass<'a> {
+    /// One per micro-batch.
+    pub(super) batches: &'a [Batch],
+    pub(super) decoder: &'a Decoder,
+    pub(super) rope: &'a RopeTable,
+    pub(super) activations: &'a mut Activations,
+    pub(super) zero: &'a mut Zero,
+}
+
+impl Pass<'_> {
+    /// Does what one action says and returns the loss that it adds. The actions of the optimizer
+    /// are the step's.
+    pub(super) fn act(&mut self, action: Action) -> Result<Loss, RunError> {
+        let last_layer = self.decoder.layers() - 1;
+        match action {
+            Action::Forward { micro_batch, layer } if layer == last_layer => {
+                return self.head(micro_batch);
+            }
+            Action::Forward { micro_batch, layer } | Action::Recompute { micro_batch, layer } => {
+                self.forward(micro_batch, layer)?;
+            }
+            Action::Evaluate { micro_batch } => return self.evaluate(micro_batch),
+            Action::Backward { micro_batch, layer } => self.backward(micro_batch, layer)?,
+            Action::Exchange(exchange) => self.zero.exchange(exchange)?,
+            Action::Norm { .. } | Action::Control | Action::Update { .. } => {}
+        }
+        Ok(Loss::default())
     }
 
     fn forward(&mut self, micro_batch: usize, layer: usize) -> Result<(), RunError> {
@@ -111,6 +138,14 @@ impl Step<'_> {
             .head(&weights, batch, self.activations, objective)?)
     }
 
+    fn evaluate(&mut self, micro_batch: usize) -> Result<Loss, RunError> {
+        let weights = self.zero.weights(self.decoder.layers() - 1)?;
+        let batch = &self.batches[micro_batch];
+        Ok(self
+            .decoder
+            .head(&weights, batch, self.activations, Objective::Loss)?)
+    }
+
     fn backward(&mut self, micro_batch: usize, layer: usize) -> Result<(), RunError> {
         let weights = self.zero.weights(layer)?;
         let mut gradients = self.zero.gradients(layer)?;
@@ -122,20 +157,6 @@ impl Step<'_> {
             ..
         } = self;
         decoder.backward(layer, &weights, &mut gradients, batch, rope, activations)?;
-        Ok(())
-    }
-
-    fn update(&mut self, unit: usize, verdict: Verdict) -> Result<(), RunError> {
-        match verdict {
-            Verdict::Update { gradient_scale } => {
-                let adamw = AdamW {
-                    grad_scale: gradient_scale,
-                    ..self.adamw
-                };
-                self.zero.update(unit, &adamw)?;
-            }
-            Verdict::Skip { .. } => self.zero.skip(unit)?,
-        }
         Ok(())
     }
 }

@@ -14,17 +14,17 @@ use super::{
     control::Verdict,
     feed::{Feed, StepData},
     folder::RunFolder,
+    plan::RunPlan,
     progress::Progress,
     ranks::Ranks,
     stage::Stage,
-    step::{Step, StepReport},
+    step::{Pass, Step, StepReport},
 };
 use crate::checkpoint::{ManifestMeta, SkippedRange, SpecialTokens};
 use crate::comm::Comm;
 use crate::config::{Config, Dtype, StageOptimizer};
 use crate::metrics::{Event, MetricsWriter, StepRecord, StopReason};
 use crate::model::Decoder;
-use crate::plan::Units;
 use crate::zero::Zero;
 
 /// What a run is told beside its configuration.
@@ -66,7 +66,7 @@ pub(super) struct Trainer<'a> {
     pub(super) ranks: Ranks,
     pub(super) device: Device,
     pub(super) dtype: Dtype,
-    pub(super) units: Units,
+    pub(super) plan: RunPlan,
     pub(super) decoder: Decoder,
     pub(super) zero: Zero,
     pub(super) dataset: Dataset,
@@ -154,16 +154,8 @@ impl<'a> Trainer<'a> {
             self.progress.samples,
             &self.ranks,
         )?;
-        let (units, decoder) = (&self.units, &self.decoder);
-        let entered = Stage::new(
-            config,
-            index,
-            self.ranks.ranks,
-            units,
-            decoder,
-            feed,
-            self.device,
-        )?;
+        let (plan, decoder) = (&self.plan, &self.decoder);
+        let entered = Stage::new(config, index, plan, decoder, feed, self.device)?;
         tracing::info!(
             "stage {} | seq_len {} | rope base {} | {} steps of {} tokens | {} micro-batches of {} \
              samples per rank",
@@ -214,13 +206,15 @@ impl<'a> Trainer<'a> {
         let data = stage.feed.next(self.device)?;
         let lr = stage.config.lr_at(self.progress.step_in_stage);
         let optimizer = &self.config.optimizer;
-        let report = Step {
-            actions: &stage.actions,
+        let pass = Pass {
             batches: &data.batches,
             decoder: &self.decoder,
             rope: &stage.rope,
             activations: &mut stage.activations,
             zero: &mut self.zero,
+        };
+        let report = Step {
+            pass,
             world: &self.ranks.world,
             adamw: AdamW {
                 lr,
@@ -234,7 +228,7 @@ impl<'a> Trainer<'a> {
             clip_norm: optimizer.clip_norm,
             stop_requested: self.options.stop.load(Ordering::Relaxed),
         }
-        .run()?;
+        .run(&stage.actions)?;
         self.advance(stage, &data, report.verdict)?;
         self.record(stage, &data, &report, lr, began.elapsed().as_secs_f64())?;
         Ok(report.agreement.stop_requested)

@@ -2,10 +2,11 @@
 
 use std::time::Instant;
 
-use super::{RunError, control, feed::validation_batches, stage::Stage, trainer::Trainer};
+use super::{
+    RunError, control, feed::validation_batches, stage::Stage, step::Pass, trainer::Trainer,
+};
 use crate::metrics::Event;
-use crate::model::{Loss, Objective};
-use crate::zero::CommClock;
+use crate::model::Loss;
 
 impl Trainer<'_> {
     /// Measures the loss on the validation documents with the stage's sequence length and RoPE
@@ -19,22 +20,22 @@ impl Trainer<'_> {
         let read = validation_batches(&self.dataset, config, stage.config, &self.ranks, device);
         let batches = self.ranks.together(read)?;
         let mut loss = Loss::default();
-        let last_layer = self.decoder.layers() - 1;
         for batch in &batches {
-            for layer in 0..last_layer {
-                let weights = self.zero.weights(layer)?;
-                let (rope, activations) = (&stage.rope, &mut stage.activations);
-                self.decoder
-                    .forward(layer, &weights, batch, rope, activations)?;
+            let mut pass = Pass {
+                batches: std::slice::from_ref(batch),
+                decoder: &self.decoder,
+                rope: &stage.rope,
+                activations: &mut stage.activations,
+                zero: &mut self.zero,
+            };
+            for &action in &stage.evaluation {
+                loss += pass.act(action)?;
             }
-            let weights = self.zero.weights(last_layer)?;
-            let activations = &mut stage.activations;
-            loss += self
-                .decoder
-                .head(&weights, batch, activations, Objective::Loss)?;
         }
         let mine = [loss.sum, loss.targets as f64];
-        let sums = control::sum(&self.ranks.world, &mine, &mut CommClock::default())?;
+        let sums = control::sum(&self.ranks.world, &mine, &mut self.zero.clock)?;
+        // What validation has cost does not belong to the next step.
+        self.zero.clock.take();
         let loss = Loss {
             sum: sums[0],
             targets: sums[1] as u64,

@@ -6,7 +6,6 @@ use oxitron_kernels::RopeTable;
 use tch::Device;
 
 use super::counter_hash::{self, Scales};
-use crate::comm::{Comm, Wire};
 use crate::config::{Dtype, ModelConfig};
 use crate::model::{Activations, Batch, Decoder, Loss, Objective, describe};
 use crate::zero::{StateKind, Zero};
@@ -27,9 +26,7 @@ impl Tiny {
         let trainable = |name: &str| !config.freeze.matches(name);
         let units = describe(config, trainable, |name| !name.ends_with("norm.weight")).unwrap();
         let decoder = Decoder::new(config, dtype);
-        let lane = Comm::solo().lane(&[0]).unwrap();
-        let kind = decoder.compute_kind();
-        let mut zero = Zero::new(&units, lane, kind, Wire::F32, Device::Cpu).unwrap();
+        let mut zero = Zero::solo(&units, decoder.compute_kind(), Device::Cpu).unwrap();
         zero.load(|spec, state, range, out| {
             match state {
                 StateKind::Master => {

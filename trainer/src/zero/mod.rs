@@ -1,21 +1,25 @@
-//! Sharded optimizer state: units, their slices, and the collectives that keep ranks in step.
+//! Sharded state: units, their slices, and the collectives that keep ranks in step.
 //!
-//! Every rank holds all weights in the compute dtype and all gradients in fp32. What is sharded
-//! (ZeRO-1) is the optimizer's: fp32 master weights and the two moments exist once in a shard
-//! group, an equal slice of every unit on each rank. A step reduces each unit's gradient so that
-//! its slice arrives summed at the owner, updates the slice, and gathers the new weights.
+//! What a rank holds whole and what as slices is the plan's to say
+//! ([`Layout`](crate::plan::Layout)). In every mode fp32 master weights and the two moments exist
+//! once in a shard group (ZeRO-1), an equal slice of every unit on each rank; gradients (ZeRO-2)
+//! and weights (ZeRO-3) may be held as such slices too, and then a unit is whole only while a layer
+//! computes with it. A step reduces each unit's gradient so that its slice arrives summed at the
+//! owner, sums that slice over the replicas, updates it, and gathers the new weights.
 //!
-//! A buffer under way in a collective has been moved out of its [`Slot`]: it cannot be read before
-//! it is awaited, and the type says so.
+//! A [`Buffer`](buffer::Buffer) knows what is under way on it: its contents are reached through
+//! functions that wait first.
 
-mod slot;
+mod buffer;
+mod clock;
+mod pool;
 mod state;
 mod state_kind;
 mod transfer;
 mod unit;
 
-pub use slot::{CommClock, Slot};
-pub use state::Zero;
+pub use clock::{CommClock, CommSpan};
+pub use state::{Groups, Zero};
 pub use state_kind::StateKind;
 pub use transfer::{InitialValues, Staged};
 
@@ -41,9 +45,9 @@ pub enum ZeroError {
         /// libtorch's message.
         source: tch::TchError,
     },
-    /// A collective of the unit failed earlier and took its buffer along.
-    #[error("the buffer of a unit was lost in an earlier failure")]
-    Lost,
+    /// The plan computes with a unit that it does not hold: a defect of the plan.
+    #[error("the plan uses a buffer that it does not hold; please report this with the config")]
+    NotHeld,
     /// The state of a tensor could not be read.
     #[error("tensor {tensor}: {problem}")]
     Read {

@@ -3,28 +3,53 @@
 use oxitron_kernels::{adamw::AdamW, norm::SumOfSquares};
 use tch::{Device, Kind, Tensor};
 
-use super::{CommClock, ZeroError, unit::UnitState};
-use crate::comm::{Lane, Wire};
+use super::{
+    CommClock, ZeroError,
+    pool::Pool,
+    unit::{UnitState, torch_error},
+};
+use crate::comm::{self, Comm, Lane, Wire};
 use crate::model::{LayerGradients, LayerWeights};
-use crate::plan::{ShardMap, Units};
+use crate::plan::{Exchange, Layout, Mesh, Piece, Role, ShardMap, Units};
+
+/// The lanes on which state is exchanged.
+#[derive(Clone, Debug)]
+pub struct Groups {
+    /// The ranks that together hold one copy of the sharded state.
+    pub shard: Lane,
+    /// The ranks that hold the same slices.
+    pub replica: Lane,
+}
+
+impl Groups {
+    /// The groups of this rank. Every rank makes them at the same point of its start.
+    ///
+    /// # Errors
+    /// When the mesh is not one of this world.
+    pub fn new(comm: &Comm, mesh: &Mesh) -> Result<Self, comm::Error> {
+        Ok(Self {
+            shard: comm.lane(&mesh.shard_group(comm.rank()))?,
+            replica: comm.lane(&mesh.replica_group(comm.rank()))?,
+        })
+    }
+}
 
 /// Weights, gradients and sharded optimizer state.
 #[derive(Debug)]
 pub struct Zero {
     pub(super) units: Vec<UnitState>,
     layers: Vec<Vec<usize>>,
-    /// Position in the shard group.
-    pub(super) index: usize,
-    /// Members of the shard group.
-    pub(super) members: usize,
-    lane: Lane,
+    pieces: Vec<Piece>,
+    pub(super) groups: Groups,
+    /// The dtype in which gradients travel.
     wire: Wire,
-    /// What the collectives have cost since [`Zero::take_clock`].
-    pub(super) clock: CommClock,
+    pool: Pool,
+    /// What the collectives have cost since it was last taken.
+    pub clock: CommClock,
 }
 
 impl Zero {
-    /// Allocates the state of `units`, all zeros, sharded over the ranks of `lane`.
+    /// Allocates the state of `units`, all zeros, as `layout` and `map` spread it over `groups`.
     ///
     /// `compute` is the dtype of the weights, `wire` the dtype in which gradients travel.
     ///
@@ -32,22 +57,17 @@ impl Zero {
     /// When libtorch cannot allocate it.
     pub fn new(
         units: &Units,
-        lane: Lane,
-        compute: Kind,
-        wire: Wire,
+        map: &ShardMap,
+        layout: &Layout,
+        groups: Groups,
+        (compute, wire): (Kind, Wire),
         device: Device,
     ) -> Result<Self, ZeroError> {
-        let (index, members) = (lane.index(), lane.size());
-        let map = ShardMap::equal_slices(units, members);
-        let states = units.units.iter().enumerate().map(|(unit, spec)| {
-            UnitState::new(
-                spec,
-                map.slice(unit, index),
-                map.padded_len(unit),
-                compute,
-                device,
-            )
-        });
+        let member = groups.shard.index();
+        let states =
+            units.units.iter().enumerate().map(|(index, unit)| {
+                UnitState::new(unit, index, map, layout, member, compute, device)
+            });
         Ok(Self {
             units: states.collect::<Result<_, _>>()?,
             layers: units
@@ -55,18 +75,29 @@ impl Zero {
                 .iter()
                 .map(|layer| layer.units.clone())
                 .collect(),
-            index,
-            members,
-            lane,
+            pieces: map.pieces().to_vec(),
+            groups,
             wire,
+            pool: Pool::new(device),
             clock: CommClock::default(),
         })
+    }
+
+    /// The state of a single rank, which holds everything.
+    ///
+    /// # Errors
+    /// When libtorch cannot allocate it.
+    pub fn solo(units: &Units, compute: Kind, device: Device) -> Result<Self, ZeroError> {
+        let layout = Layout::solo();
+        let groups = Groups::new(&Comm::solo(), &layout.mesh)?;
+        let map = ShardMap::new(units, 1);
+        Self::new(units, &map, &layout, groups, (compute, Wire::F32), device)
     }
 
     /// Views of the weights of a layer's units, waiting for gathers that are under way.
     ///
     /// # Errors
-    /// When a gather failed.
+    /// When a gather failed, or the plan does not hold the weights here.
     pub fn weights(&mut self, layer: usize) -> Result<LayerWeights, ZeroError> {
         let Self {
             units,
@@ -83,7 +114,7 @@ impl Zero {
     /// Views of the gradients of a layer's units.
     ///
     /// # Errors
-    /// When a reduction failed.
+    /// When a reduction failed, or the plan does not hold the gradients here.
     pub fn gradients(&mut self, layer: usize) -> Result<LayerGradients, ZeroError> {
         let Self {
             units,
@@ -97,81 +128,130 @@ impl Zero {
             .collect()
     }
 
-    /// Starts to reduce the gradient of `unit`: its slice arrives summed at the owner.
+    /// Does what an action of the plan says.
     ///
     /// # Errors
-    /// When the lane refuses it or has failed.
-    pub fn reduce(&mut self, unit: usize) -> Result<(), ZeroError> {
-        let Self {
-            units,
-            lane,
-            wire,
-            clock,
-            ..
-        } = self;
-        units[unit]
-            .gradients
-            .start(clock, |buffer| lane.reduce_scatter(buffer, *wire))
+    /// When libtorch cannot allocate a buffer, a lane has failed, or the plan asks for a buffer
+    /// that it does not hold.
+    pub fn exchange(&mut self, exchange: Exchange) -> Result<(), ZeroError> {
+        match exchange {
+            Exchange::Hold { unit, role } => self.hold(unit, role),
+            Exchange::Drop { unit, role } => {
+                let Self {
+                    units, pool, clock, ..
+                } = self;
+                let mut buffers = units[unit].buffers(role).into_iter();
+                buffers.try_for_each(|buffer| buffer.release(pool, clock))
+            }
+            Exchange::Gather { piece } => self.gather(piece),
+            Exchange::Reduce { piece, accumulate } => self.reduce(piece, accumulate),
+            Exchange::Replicate { piece } => self.replicate(piece),
+            Exchange::Await { piece, role } => {
+                let Piece { unit, position, .. } = self.pieces[piece];
+                let state = &mut self.units[unit];
+                let buffer = match role {
+                    Role::Weights => state.weights_buffer(self.pieces[piece].buffer),
+                    Role::Gradients => &mut state.gradients,
+                };
+                buffer.settle(position, &mut self.clock)
+            }
+        }
     }
 
-    /// Starts to gather the weights of `unit` from their owners.
-    ///
-    /// # Errors
-    /// When the lane refuses it or has failed.
-    pub fn gather(&mut self, unit: usize) -> Result<(), ZeroError> {
-        let Self {
-            units, lane, clock, ..
-        } = self;
-        units[unit]
-            .weights
-            .start(clock, |buffer| lane.all_gather(buffer))
-    }
-
-    /// Waits for whatever of `unit` is under way.
-    ///
-    /// # Errors
-    /// When it failed.
-    pub fn settle(&mut self, unit: usize) -> Result<(), ZeroError> {
-        let state = &mut self.units[unit];
-        state.gradients.ready(&mut self.clock)?;
-        state.weights.ready(&mut self.clock)?;
+    fn hold(&mut self, unit: usize, role: Role) -> Result<(), ZeroError> {
+        let Self { units, pool, .. } = self;
+        let state = &mut units[unit];
+        let name = state.name.clone();
+        for buffer in state.buffers(role) {
+            buffer.hold(pool).map_err(torch_error(&name))?;
+            if role == Role::Gradients {
+                buffer.zero().map_err(torch_error(&name))?;
+            }
+        }
         Ok(())
     }
 
-    /// Σ g² over this rank's slices of the reduced gradients, unscaled.
+    fn gather(&mut self, piece: usize) -> Result<(), ZeroError> {
+        let Piece {
+            unit,
+            position,
+            buffer,
+            ..
+        } = self.pieces[piece];
+        let (state, lane) = (&mut self.units[unit], &self.groups.shard);
+        let name = state.name.clone();
+        let gather = |views: super::buffer::Views| {
+            let super::buffer::Views {
+                piece,
+                mut own,
+                slice,
+            } = views;
+            if let Some(slice) = slice {
+                own.f_copy_(&slice)?;
+            }
+            Ok(lane.all_gather(piece))
+        };
+        let buffer = state.weights_buffer(buffer);
+        buffer.start(position, "gather", gather, torch_error(&name))
+    }
+
+    fn reduce(&mut self, piece: usize, accumulate: bool) -> Result<(), ZeroError> {
+        let Piece { unit, position, .. } = self.pieces[piece];
+        let (state, lane, wire) = (&mut self.units[unit], &self.groups.shard, self.wire);
+        let reduce = |views: super::buffer::Views| {
+            Ok(match views.slice {
+                Some(slice) => lane.reduce_scatter_into(views.piece, wire, slice, accumulate),
+                None => lane.reduce_scatter(views.piece, wire),
+            })
+        };
+        let torch = torch_error(&state.name);
+        state.gradients.start(position, "reduce", reduce, torch)
+    }
+
+    fn replicate(&mut self, piece: usize) -> Result<(), ZeroError> {
+        let Piece { unit, position, .. } = self.pieces[piece];
+        let lane = &self.groups.replica;
+        let replicate = |own: Tensor, reduced: Option<&comm::Ticket>| match reduced {
+            Some(reduced) => lane.after(reduced).all_reduce(own),
+            None => lane.all_reduce(own),
+        };
+        let gradients = &mut self.units[unit].gradients;
+        gradients.start_on_own(position, "replicate", replicate)
+    }
+
+    /// Σ g² over this rank's slice of a piece of the reduced gradient, unscaled; zero on ranks
+    /// other than the first of each replica group, so that the sum over all ranks counts every
+    /// element once.
     ///
     /// # Errors
     /// When a reduction failed.
-    pub fn sum_of_squares(&mut self) -> Result<SumOfSquares, ZeroError> {
-        let mut total = SumOfSquares::default();
-        for unit in &mut self.units {
-            total += unit.sum_of_squares(&mut self.clock)?;
-        }
-        Ok(total)
+    pub fn sum_of_squares(&mut self, piece: usize) -> Result<SumOfSquares, ZeroError> {
+        let Piece { unit, position, .. } = self.pieces[piece];
+        let sum = self.units[unit].sum_of_squares(position, &mut self.clock)?;
+        Ok(match self.groups.replica.index() {
+            0 => sum,
+            _ => SumOfSquares::default(),
+        })
     }
 
-    /// Applies the optimizer to this rank's slice of `unit` and clears its gradient. Weight decay
+    /// Applies the optimizer to this rank's slice of a piece and clears its gradient. Weight decay
     /// acts on the tensors that decay.
     ///
     /// # Errors
     /// When a kernel fails.
-    pub fn update(&mut self, unit: usize, adamw: &AdamW) -> Result<(), ZeroError> {
-        let Self { units, clock, .. } = self;
-        units[unit].update(adamw, clock)?;
-        units[unit].clear_gradients(clock)
+    pub fn update(&mut self, piece: usize, adamw: &AdamW) -> Result<(), ZeroError> {
+        let Piece { unit, position, .. } = self.pieces[piece];
+        self.units[unit].update(position, adamw, &mut self.clock)?;
+        self.skip(piece)
     }
 
-    /// Clears the gradient of `unit` without an update: the step is skipped.
+    /// Clears the gradient of a piece without an update: the step is skipped.
     ///
     /// # Errors
     /// When a reduction failed.
-    pub fn skip(&mut self, unit: usize) -> Result<(), ZeroError> {
-        self.units[unit].clear_gradients(&mut self.clock)
-    }
-
-    /// What the collectives have cost since the last call.
-    pub fn take_clock(&mut self) -> CommClock {
-        std::mem::take(&mut self.clock)
+    pub fn skip(&mut self, piece: usize) -> Result<(), ZeroError> {
+        let Piece { unit, position, .. } = self.pieces[piece];
+        self.units[unit].clear_gradients(position, &mut self.clock)
     }
 
     /// Bytes of fp32 optimizer state (master weights and two moments) on this rank.

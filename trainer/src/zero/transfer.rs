@@ -10,8 +10,9 @@ use oxitron_kernels::philox;
 use tch::{Kind, Tensor};
 
 use super::{
-    StateKind, Zero, ZeroError,
-    unit::{UnitState, slice_of, torch_error},
+    CommClock, StateKind, Zero, ZeroError,
+    buffer::slice_of,
+    unit::{UnitState, torch_error},
 };
 use crate::plan::{BufferKind, Init, Part, TensorSpec};
 
@@ -55,11 +56,12 @@ impl InitialValues {
 }
 
 impl Zero {
-    /// Fills this rank's slices (and its frozen tensors) from `read`, which writes the elements
-    /// `range` of a tensor's state, then gathers the weights.
+    /// Fills this rank's slices (and the frozen tensors it holds) from `read`, which writes the
+    /// elements `range` of a tensor's state. The weights of other ranks are not there before the
+    /// plan's opening gathers.
     ///
     /// # Errors
-    /// What `read` says, with the tensor's name; a failing copy or collective.
+    /// What `read` says, with the tensor's name; a failing copy.
     pub fn load<E: std::fmt::Display>(
         &mut self,
         mut read: impl FnMut(&TensorSpec, StateKind, Range<usize>, &mut [f32]) -> Result<(), E>,
@@ -71,18 +73,21 @@ impl Zero {
                     tensor: part.tensor.name.clone(),
                     problem: error.to_string(),
                 };
-                for (state, held) in unit.held(&part) {
-                    for start in held.clone().step_by(CHUNK) {
-                        let chunk = start..held.end.min(start + CHUNK);
+                for held in unit.held(&part, &mut self.clock)? {
+                    for start in held.elements.clone().step_by(CHUNK) {
+                        let chunk = start..held.elements.end.min(start + CHUNK);
                         values.resize(chunk.len(), 0.0);
-                        read(&part.tensor, state, chunk.clone(), &mut values).map_err(failed)?;
-                        unit.write(&part, state, chunk, &values)?;
+                        read(&part.tensor, held.state, chunk.clone(), &mut values)
+                            .map_err(failed)?;
+                        let within = start - held.elements.start;
+                        held.write(within, &values)
+                            .map_err(torch_error(&unit.name))?;
                     }
                 }
             }
             unit.publish(&mut self.clock)?;
         }
-        (0..self.units.len()).try_for_each(|unit| self.gather(unit))
+        Ok(())
     }
 
     /// Sets both moments to zero.
@@ -98,30 +103,35 @@ impl Zero {
         Ok(())
     }
 
-    /// Copies this rank's share of the state to host memory: its slices of the trainable tensors,
-    /// and an equal share of the frozen ones.
+    /// Copies this rank's share of the state to host memory: what it holds, divided equally among
+    /// the ranks that hold the same.
     ///
     /// # Errors
     /// When libtorch fails to copy.
     pub fn stage(&mut self) -> Result<Vec<Staged>, ZeroError> {
+        let (shard, replica) = (&self.groups.shard, &self.groups.replica);
         let mut staged = Vec::new();
-        for unit in &self.units {
-            for part in &unit.parts {
-                for (state, held) in unit.held(part) {
-                    let range = match part.buffer {
-                        BufferKind::Trainable => held,
-                        // Every rank holds all of it.
-                        BufferKind::Frozen => share(part.tensor.len(), self.index, self.members),
-                    };
-                    if range.is_empty() {
+        for unit in &mut self.units {
+            for part in unit.parts.clone() {
+                // Frozen tensors that nobody has split are held by every rank.
+                let (index, copies) = match part.buffer {
+                    BufferKind::Frozen if !unit.frozen.sliced() => (
+                        replica.index() * shard.size() + shard.index(),
+                        replica.size() * shard.size(),
+                    ),
+                    _ => (replica.index(), replica.size()),
+                };
+                for held in unit.held(&part, &mut self.clock)? {
+                    let mine = share(held.elements.len(), index, copies);
+                    if mine.is_empty() {
                         continue;
                     }
                     staged.push(Staged {
                         tensor: part.tensor.name.clone(),
                         shape: part.tensor.shape.clone(),
-                        state,
-                        data: unit.read(part, state, &range)?,
-                        range,
+                        state: held.state,
+                        data: held.read(&mine).map_err(torch_error(&unit.name))?,
+                        range: held.elements.start + mine.start..held.elements.start + mine.end,
                     });
                 }
             }
@@ -136,63 +146,85 @@ fn share(length: usize, index: usize, members: usize) -> Range<usize> {
     (index * size).min(length)..((index + 1) * size).min(length)
 }
 
+/// Elements of a tensor's state that lie on this rank.
+struct Held {
+    state: StateKind,
+    /// Row-major elements of the whole tensor, not empty.
+    elements: Range<usize>,
+    /// View of them.
+    view: Tensor,
+}
+
+impl Held {
+    /// Writes `values` over the elements from `within` on, rounded to the dtype of the buffer.
+    fn write(&self, within: usize, values: &[f32]) -> Result<(), tch::TchError> {
+        let mut view = slice_of(&self.view, &(within..within + values.len()))?;
+        view.f_copy_(&Tensor::f_from_slice(values)?)
+    }
+
+    /// Reads the elements `range` of this run.
+    fn read(&self, range: &Range<usize>) -> Result<Vec<f32>, tch::TchError> {
+        Vec::<f32>::try_from(&slice_of(&self.view, range)?.f_to_kind(Kind::Float)?)
+    }
+}
+
 impl UnitState {
-    /// The states of a tensor that this rank holds, and which elements of it.
-    fn held(&self, part: &Part) -> Vec<(StateKind, Range<usize>)> {
+    /// What of a tensor lies on this rank.
+    fn held(&mut self, part: &Part, clock: &mut CommClock) -> Result<Vec<Held>, ZeroError> {
+        let mut held = Vec::new();
         if part.buffer == BufferKind::Frozen {
-            return vec![(StateKind::Master, 0..part.tensor.len())];
+            if !self.frozen.sliced() {
+                let whole = self.frozen.whole(clock)?;
+                let view = slice_of(whole, &part.range).map_err(torch_error(&self.name))?;
+                return Ok(vec![Held {
+                    state: StateKind::Master,
+                    elements: 0..part.tensor.len(),
+                    view,
+                }]);
+            }
+            let owned: Vec<_> = self.frozen.owned().collect();
+            for (position, (own, _)) in owned.into_iter().enumerate() {
+                if let Some((elements, within)) = overlap(part, &own) {
+                    let slice = self.frozen.own(position, clock)?;
+                    held.push(Held {
+                        state: StateKind::Master,
+                        elements,
+                        view: slice_of(&slice, &within).map_err(torch_error(&self.name))?,
+                    });
+                }
+            }
+            return Ok(held);
         }
-        let start = part.range.start.max(self.slice.start);
-        let end = part.range.end.min(self.slice.end).max(start);
-        let owned = start - part.range.start..end - part.range.start;
-        [StateKind::Master, StateKind::ExpAvg, StateKind::ExpAvgSq]
-            .map(|state| (state, owned.clone()))
-            .into()
+        for (own, local) in self.weights.owned() {
+            let Some((elements, within)) = overlap(part, &own) else {
+                continue;
+            };
+            let within = local.start + within.start..local.start + within.end;
+            for (state, tensor) in [
+                (StateKind::Master, &self.master),
+                (StateKind::ExpAvg, &self.exp_avg),
+                (StateKind::ExpAvgSq, &self.exp_avg_sq),
+            ] {
+                held.push(Held {
+                    state,
+                    elements: elements.clone(),
+                    view: slice_of(tensor, &within).map_err(torch_error(&self.name))?,
+                });
+            }
+        }
+        Ok(held)
     }
+}
 
-    /// View of elements `range`, not empty, of a tensor's state.
-    fn view(
-        &self,
-        part: &Part,
-        state: StateKind,
-        range: &Range<usize>,
-    ) -> Result<Tensor, ZeroError> {
-        let (buffer, base) = match (part.buffer, state) {
-            (BufferKind::Frozen, _) => (&self.frozen, 0),
-            (BufferKind::Trainable, StateKind::Master) => (&self.master, self.slice.start),
-            (BufferKind::Trainable, StateKind::ExpAvg) => (&self.exp_avg, self.slice.start),
-            (BufferKind::Trainable, StateKind::ExpAvgSq) => (&self.exp_avg_sq, self.slice.start),
-        };
-        let start = part.range.start + range.start - base;
-        slice_of(buffer, &(start..start + range.len())).map_err(torch_error(&self.name))
-    }
-
-    fn write(
-        &mut self,
-        part: &Part,
-        state: StateKind,
-        range: Range<usize>,
-        values: &[f32],
-    ) -> Result<(), ZeroError> {
-        let mut view = self.view(part, state, &range)?;
-        let torch = torch_error(&self.name);
-        // Rounds to the compute dtype where the buffer is of that.
-        Tensor::f_from_slice(values)
-            .and_then(|values| view.f_copy_(&values))
-            .map_err(torch)
-    }
-
-    fn read(
-        &self,
-        part: &Part,
-        state: StateKind,
-        range: &Range<usize>,
-    ) -> Result<Vec<f32>, ZeroError> {
-        let view = self.view(part, state, range)?;
-        view.f_to_kind(Kind::Float)
-            .and_then(|values| Vec::<f32>::try_from(&values))
-            .map_err(torch_error(&self.name))
-    }
+/// The elements of a tensor that lie in a slice of its unit's buffer, counted in the tensor and in
+/// the slice.
+fn overlap(part: &Part, own: &Range<usize>) -> Option<(Range<usize>, Range<usize>)> {
+    let start = part.range.start.max(own.start);
+    let end = part.range.end.min(own.end);
+    (start < end).then(|| {
+        let base = part.range.start;
+        (start - base..end - base, start - own.start..end - own.start)
+    })
 }
 
 #[cfg(test)]
@@ -201,7 +233,7 @@ impl Zero {
     pub fn gradients_by_name(&mut self) -> std::collections::BTreeMap<String, Vec<f32>> {
         let mut gradients = std::collections::BTreeMap::new();
         for unit in &mut self.units {
-            let Ok(buffer) = unit.gradients.ready(&mut self.clock) else {
+            let Ok(buffer) = unit.gradients.whole(&mut self.clock) else {
                 continue;
             };
             for part in unit

@@ -9,74 +9,104 @@ use oxitron_kernels::{
 };
 use tch::{Device, Kind, Tensor};
 
-use super::{CommClock, Slot, ZeroError};
-use crate::plan::{BufferKind, Part, Placement, Unit};
+use super::{
+    CommClock, ZeroError,
+    buffer::{Buffer, slice_of},
+};
+use crate::plan::{BufferKind, Holding, Layout, Part, Placement, Role, ShardMap, Unit};
 
-/// Consecutive elements of a slice that the optimizer treats alike.
+/// Consecutive elements of the owned state that the optimizer treats alike.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Segment {
-    /// Elements of this rank's slice.
+    /// Elements of the owned state.
     range: Range<usize>,
     decay: bool,
 }
 
-/// Weights, gradients and this rank's slice of the optimizer state of a unit.
+/// Weights, gradients and this rank's slices of the optimizer state of a unit.
 #[derive(Debug)]
 pub(super) struct UnitState {
     pub(super) name: String,
     pub(super) parts: Vec<Part>,
     placements: Vec<Placement>,
-    /// Elements of the padded trainable buffer that this rank owns.
-    pub(super) slice: Range<usize>,
-    segments: Vec<Segment>,
-    /// `[padded]`, compute dtype.
-    pub(super) weights: Slot,
-    /// `[padded]`, fp32; after a reduction only the slice is meaningful.
-    pub(super) gradients: Slot,
-    /// `[frozen]`, compute dtype.
-    pub(super) frozen: Tensor,
-    /// `[slice]`, fp32.
+    /// Elements of the owned state by piece, in runs that the optimizer treats alike.
+    segments: Vec<Vec<Segment>>,
+    /// Compute dtype.
+    pub(super) weights: Buffer,
+    /// Compute dtype; never changes.
+    pub(super) frozen: Buffer,
+    /// fp32. Where it is held whole, only the own slices are meaningful after a reduction.
+    pub(super) gradients: Buffer,
+    /// `[owned]`, fp32: the own slices of all pieces one after the other.
     pub(super) master: Tensor,
-    /// `[slice]`, fp32: first moment.
+    /// `[owned]`, fp32: first moment.
     pub(super) exp_avg: Tensor,
-    /// `[slice]`, fp32: second moment.
+    /// `[owned]`, fp32: second moment.
     pub(super) exp_avg_sq: Tensor,
 }
 
 impl UnitState {
+    /// The state of unit number `index`, all zeros, as member `member` of its shard group holds it.
     pub(super) fn new(
         unit: &Unit,
-        slice: Range<usize>,
-        padded: usize,
+        index: usize,
+        map: &ShardMap,
+        layout: &Layout,
+        member: usize,
         compute: Kind,
         device: Device,
     ) -> Result<Self, ZeroError> {
-        let zeros = |length: usize, kind: Kind| {
-            Tensor::f_zeros([length as i64], (kind, device)).map_err(torch_error(&unit.name))
+        let buffer = |buffer: BufferKind, holding: Holding, kind: Kind| {
+            Buffer::new(map, index, buffer, member, holding, (kind, device))
+                .map_err(torch_error(&unit.name))
+        };
+        let weights = buffer(BufferKind::Trainable, layout.weights, compute)?;
+        let owned = map.owned_len(index, BufferKind::Trainable);
+        let state = || {
+            Tensor::f_zeros([owned as i64], (Kind::Float, device)).map_err(torch_error(&unit.name))
         };
         let parts = unit.parts();
         Ok(Self {
             name: unit.name.clone(),
             placements: unit.placements(),
-            segments: segments(&parts, &slice),
-            weights: Slot::Ready(zeros(padded, compute)?),
-            gradients: Slot::Ready(zeros(padded, Kind::Float)?),
-            frozen: zeros(unit.buffer_len(BufferKind::Frozen), compute)?,
-            master: zeros(slice.len(), Kind::Float)?,
-            exp_avg: zeros(slice.len(), Kind::Float)?,
-            exp_avg_sq: zeros(slice.len(), Kind::Float)?,
+            segments: weights
+                .owned()
+                .map(|(own, local)| segments(&parts, &own, local.start))
+                .collect(),
+            frozen: buffer(BufferKind::Frozen, layout.weights, compute)?,
+            gradients: buffer(BufferKind::Trainable, layout.gradients, Kind::Float)?,
+            master: state()?,
+            exp_avg: state()?,
+            exp_avg_sq: state()?,
             parts,
-            slice,
+            weights,
         })
     }
 
-    /// Views of the weights, one per matrix, waiting for a gather that is under way.
+    /// The buffers that are exchanged as `role`.
+    pub(super) fn buffers(&mut self, role: Role) -> Vec<&mut Buffer> {
+        match role {
+            Role::Weights => vec![&mut self.weights, &mut self.frozen],
+            Role::Gradients => vec![&mut self.gradients],
+        }
+    }
+
+    /// The weights that lie in one of the unit's buffers.
+    pub(super) fn weights_buffer(&mut self, buffer: BufferKind) -> &mut Buffer {
+        match buffer {
+            BufferKind::Trainable => &mut self.weights,
+            BufferKind::Frozen => &mut self.frozen,
+        }
+    }
+
+    /// Views of the weights, one per matrix, waiting for gathers that are under way.
     pub(super) fn weight_views(&mut self, clock: &mut CommClock) -> Result<Vec<Tensor>, ZeroError> {
-        let trainable = self.weights.ready(clock)?;
+        let trainable = self.weights.whole(clock)?;
+        let frozen = self.frozen.whole(clock)?;
         let view = |placement: &Placement| {
             let buffer = match placement.buffer {
-                BufferKind::Trainable => &*trainable,
-                BufferKind::Frozen => &self.frozen,
+                BufferKind::Trainable => trainable,
+                BufferKind::Frozen => frozen,
             };
             matrix_view(buffer, placement).map_err(torch_error(&self.name))
         };
@@ -88,7 +118,11 @@ impl UnitState {
         &mut self,
         clock: &mut CommClock,
     ) -> Result<Vec<Option<Tensor>>, ZeroError> {
-        let buffer = self.gradients.ready(clock)?;
+        let any = |placement: &Placement| placement.buffer == BufferKind::Trainable;
+        if !self.placements.iter().any(any) {
+            return Ok(self.placements.iter().map(|_| None).collect());
+        }
+        let buffer = self.gradients.whole(clock)?;
         let view = |placement: &Placement| match placement.buffer {
             BufferKind::Trainable => matrix_view(buffer, placement)
                 .map(Some)
@@ -98,23 +132,31 @@ impl UnitState {
         self.placements.iter().map(view).collect()
     }
 
-    /// Σ g² over this rank's slice of the reduced gradient.
+    /// Σ g² over this rank's slice of a piece of the reduced gradient.
     pub(super) fn sum_of_squares(
         &mut self,
+        position: usize,
         clock: &mut CommClock,
     ) -> Result<SumOfSquares, ZeroError> {
-        let gradient = slice_of(self.gradients.ready(clock)?, &self.slice);
-        let gradient = gradient.map_err(torch_error(&self.name))?;
+        let gradient = self.gradients.own(position, clock)?;
         norm::sum_of_squares(&gradient).map_err(kernel_error(&self.name))
     }
 
-    /// Updates the slice: moments, master weights, and this rank's part of the weights.
-    pub(super) fn update(&mut self, adamw: &AdamW, clock: &mut CommClock) -> Result<(), ZeroError> {
+    /// Updates the slice of a piece: moments, master weights, and this rank's part of the weights.
+    pub(super) fn update(
+        &mut self,
+        position: usize,
+        adamw: &AdamW,
+        clock: &mut CommClock,
+    ) -> Result<(), ZeroError> {
         let torch = torch_error(&self.name);
-        let gradient = slice_of(self.gradients.ready(clock)?, &self.slice).map_err(&torch)?;
-        let weights = slice_of(self.weights.ready(clock)?, &self.slice).map_err(&torch)?;
-        for Segment { range, decay } in &self.segments {
-            let part = |tensor: &Tensor| slice_of(tensor, range).map_err(&torch);
+        let gradient = self.gradients.own(position, clock)?;
+        let weights = self.weights.own(position, clock)?;
+        let start = position * gradient.numel();
+        for Segment { range, decay } in &self.segments[position] {
+            let state = |tensor: &Tensor| slice_of(tensor, range).map_err(&torch);
+            let within = range.start - start..range.end - start;
+            let part = |tensor: &Tensor| slice_of(tensor, &within).map_err(&torch);
             let settings = if *decay {
                 *adamw
             } else {
@@ -123,14 +165,14 @@ impl UnitState {
                     ..*adamw
                 }
             };
-            let state = adamw::State {
-                master: &mut part(&self.master)?,
-                exp_avg: &mut part(&self.exp_avg)?,
-                exp_avg_sq: &mut part(&self.exp_avg_sq)?,
+            let owned = adamw::State {
+                master: &mut state(&self.master)?,
+                exp_avg: &mut state(&self.exp_avg)?,
+                exp_avg_sq: &mut state(&self.exp_avg_sq)?,
             };
             adamw::step(
                 &settings,
-                state,
+                owned,
                 &part(&gradient)?,
                 Some(&mut part(&weights)?),
             )
@@ -139,37 +181,52 @@ impl UnitState {
         Ok(())
     }
 
-    /// Sets the whole gradient buffer to zero for the next step.
-    pub(super) fn clear_gradients(&mut self, clock: &mut CommClock) -> Result<(), ZeroError> {
-        let buffer = self.gradients.ready(clock)?;
-        buffer.f_zero_().map(drop).map_err(torch_error(&self.name))
+    /// Sets the whole gradient of a piece to zero for the next step. Where only slices are held,
+    /// the next reduction replaces them and there is nothing to do.
+    pub(super) fn clear_gradients(
+        &mut self,
+        position: usize,
+        clock: &mut CommClock,
+    ) -> Result<(), ZeroError> {
+        self.gradients.settle(position, clock)?;
+        self.gradients
+            .clear(position)
+            .map_err(torch_error(&self.name))
     }
 
     /// Writes this rank's part of the weights from the master weights.
     pub(super) fn publish(&mut self, clock: &mut CommClock) -> Result<(), ZeroError> {
-        let torch = torch_error(&self.name);
-        let mut weights = slice_of(self.weights.ready(clock)?, &self.slice).map_err(torch)?;
-        cast::forward(&self.master, &mut weights).map_err(kernel_error(&self.name))
+        let owned: Vec<_> = self.weights.owned().collect();
+        for (position, (_, local)) in owned.into_iter().enumerate() {
+            let mut weights = self.weights.own(position, clock)?;
+            let master = slice_of(&self.master, &local).map_err(torch_error(&self.name))?;
+            cast::forward(&master, &mut weights).map_err(kernel_error(&self.name))?;
+        }
+        Ok(())
     }
 }
 
-/// Splits a slice into runs of equal treatment. Alignment gaps hold zeros with zero gradients, so
-/// they may join either neighbour.
-fn segments(parts: &[Part], slice: &Range<usize>) -> Vec<Segment> {
+/// Splits the own slice of a piece into runs of equal treatment, as elements of the owned state, in
+/// which the slice begins at `base`. Alignment gaps hold zeros with zero gradients, so they may
+/// join either neighbour.
+fn segments(parts: &[Part], own: &Range<usize>, base: usize) -> Vec<Segment> {
     let mut segments: Vec<Segment> = Vec::new();
     let trainable = parts
         .iter()
         .filter(|part| part.buffer == BufferKind::Trainable);
     for part in trainable {
-        let start = part.range.start.max(slice.start);
-        let end = part.range.end.min(slice.end);
+        let start = part.range.start.max(own.start);
+        let end = part.range.end.min(own.end);
         if start >= end {
             continue;
         }
-        let (range, decay) = (start - slice.start..end - slice.start, part.tensor.decay);
+        let range = base + start - own.start..base + end - own.start;
         match segments.last_mut() {
-            Some(last) if last.decay == decay => last.range.end = range.end,
-            _ => segments.push(Segment { range, decay }),
+            Some(last) if last.decay == part.tensor.decay => last.range.end = range.end,
+            _ => segments.push(Segment {
+                range,
+                decay: part.tensor.decay,
+            }),
         }
     }
     segments
@@ -181,10 +238,6 @@ fn matrix_view(buffer: &Tensor, placement: &Placement) -> Result<Tensor, tch::Tc
     buffer
         .f_narrow(0, placement.offset as i64, length)?
         .f_view(shape.as_slice())
-}
-
-pub(super) fn slice_of(buffer: &Tensor, range: &Range<usize>) -> Result<Tensor, tch::TchError> {
-    buffer.f_narrow(0, range.start as i64, range.len() as i64)
 }
 
 pub(super) fn torch_error(unit: &str) -> impl Fn(tch::TchError) -> ZeroError + '_ {
@@ -229,7 +282,7 @@ mod tests {
             part(384..500, true),
         ];
         assert_eq!(
-            segments(&parts, &(64..448)),
+            segments(&parts, &(64..448), 0),
             [
                 Segment {
                     range: 0..36,
@@ -241,6 +294,8 @@ mod tests {
                 },
             ]
         );
-        assert_eq!(segments(&parts, &(512..576)), []);
+        assert_eq!(segments(&parts, &(512..576), 64), []);
+        let second = segments(&parts, &(448..512), 384);
+        assert_eq!(second[0].range, 384..436);
     }
 }

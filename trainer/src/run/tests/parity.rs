@@ -1,6 +1,6 @@
 //! Twenty steps of AdamW against a Hugging Face LLaMA under PyTorch.
 
-use super::runner::{Runner, Setting, Weights, assemble};
+use super::runner::{Runner, Setting, Sharding, Weights, assemble};
 use crate::comm::Comm;
 use crate::config::Dtype;
 use crate::plan::StepShape;
@@ -27,7 +27,9 @@ fn twenty_steps_follow_pytorch() {
                 accumulation: 2,
                 overlap: true,
                 recompute: false,
+                prefetch_units: 1,
             },
+            sharding: Sharding::zero_1(1),
             tokens: micro_batches[0].token_count(),
             clip_norm: facts["clip_norm"].as_f64().unwrap(),
         };

@@ -6,17 +6,38 @@ use tch::Device;
 use crate::comm::{Comm, Lane, Wire};
 use crate::config::{Dtype, ModelConfig};
 use crate::model::{Activations, Batch, Decoder, describe};
-use crate::plan::{Action, StepShape, emit_step};
-use crate::run::step::{Step, StepReport};
+use crate::plan::{Action, Layout, ShardMap, StepShape, emit_opening, emit_step};
+use crate::run::step::{Pass, Step, StepReport};
 use crate::testing::counter_hash::{self, Scales};
 use crate::testing::tiny::Tensors;
-use crate::zero::{InitialValues, Staged, StateKind, Zero};
+use crate::zero::{Groups, InitialValues, Staged, StateKind, Zero};
 
 /// Where weights begin.
 #[derive(Clone, Copy)]
 pub enum Weights {
     Seed(u64),
     CounterHash(Scales),
+}
+
+/// How the state is spread.
+#[derive(Clone, Copy, Debug)]
+pub struct Sharding {
+    pub zero_stage: u8,
+    /// Ranks of a shard group.
+    pub shard: usize,
+    /// The most elements of a piece.
+    pub piece: usize,
+}
+
+impl Sharding {
+    /// ZeRO-1 over all ranks.
+    pub fn zero_1(ranks: usize) -> Self {
+        Self {
+            zero_stage: 1,
+            shard: ranks,
+            piece: 1 << 20,
+        }
+    }
 }
 
 /// What a runner is made from.
@@ -27,6 +48,7 @@ pub struct Setting<'a> {
     pub dtype: Dtype,
     pub weights: Weights,
     pub shape: StepShape,
+    pub sharding: Sharding,
     /// Tokens of a micro-batch.
     pub tokens: usize,
     pub clip_norm: f64,
@@ -50,9 +72,17 @@ impl Runner {
         let units = describe(model, trainable, |name| !name.ends_with("norm.weight")).unwrap();
         let decoder = Decoder::new(model, setting.dtype);
         let everyone: Vec<usize> = (0..comm.world()).collect();
-        let (lane, world) = (comm.lane(&everyone).unwrap(), comm.lane(&everyone).unwrap());
-        let kind = decoder.compute_kind();
-        let mut zero = Zero::new(&units, lane, kind, Wire::F32, Device::Cpu).unwrap();
+        let world = comm.lane(&everyone).unwrap();
+        let Sharding {
+            zero_stage,
+            shard,
+            piece,
+        } = setting.sharding;
+        let layout = Layout::new(zero_stage, comm.world(), shard);
+        let map = ShardMap::with_pieces_of(&units, layout.mesh.shard, piece);
+        let groups = Groups::new(comm, &layout.mesh).unwrap();
+        let dtypes = (decoder.compute_kind(), Wire::F32);
+        let mut zero = Zero::new(&units, &map, &layout, groups, dtypes, Device::Cpu).unwrap();
         zero.load(|spec, state, range, out| {
             match (setting.weights, state) {
                 (Weights::Seed(seed), _) => InitialValues { seed }.read(spec, state, range, out),
@@ -65,12 +95,18 @@ impl Runner {
             Ok::<_, std::convert::Infallible>(())
         })
         .unwrap();
+        for action in emit_opening(&units, &map, &layout, shape) {
+            if let Action::Exchange(exchange) = action {
+                zero.exchange(exchange).unwrap();
+            }
+        }
+        let actions = emit_step(&units, &map, &layout, shape);
         Self {
             activations: decoder
                 .activations(setting.tokens, shape.recompute, Device::Cpu)
                 .unwrap(),
             rope: RopeTable::new(setting.rope_base, model.head_dim, setting.tokens).unwrap(),
-            actions: emit_step(&units, shape),
+            actions,
             clip_norm: setting.clip_norm,
             adam_step: 0,
             decoder,
@@ -89,19 +125,21 @@ impl Runner {
             grad_scale: 1.0,
             step: self.adam_step + 1,
         };
-        let report = Step {
-            actions: &self.actions,
+        let pass = Pass {
             batches,
             decoder: &self.decoder,
             rope: &self.rope,
             activations: &mut self.activations,
             zero: &mut self.zero,
+        };
+        let report = Step {
+            pass,
             world: &self.world,
             adamw,
             clip_norm: self.clip_norm,
             stop_requested: false,
         }
-        .run()
+        .run(&self.actions)
         .unwrap();
         self.adam_step += 1;
         report

@@ -1,0 +1,125 @@
+//! The plan of a run: what it will hold, send and do, from its configuration alone.
+
+use super::RunError;
+use crate::comm::Wire;
+use crate::config::{Config, Dtype, Recompute};
+use crate::model::describe;
+use crate::plan::{
+    Action, Layout, ShardMap, StateBytes, StepShape, StepTraffic, Units, WireBytes,
+    emit_evaluation, emit_opening, emit_step, state_bytes, step_traffic,
+};
+
+/// What a run does on a number of ranks.
+#[derive(Clone, Debug)]
+pub struct RunPlan {
+    /// Parameters and layers.
+    pub units: Units,
+    /// The ranks, and what each holds.
+    pub layout: Layout,
+    /// Who owns what.
+    pub map: ShardMap,
+    /// The shape of a step, by stage.
+    pub shapes: Vec<StepShape>,
+}
+
+impl RunPlan {
+    /// Plans `config` on `ranks` ranks, of which `ranks_per_node` share a node.
+    ///
+    /// # Errors
+    /// [`RunError::Plan`] when a stage cannot give every rank a sample, [`RunError::Config`] when
+    /// shard groups do not divide the ranks; a model that cannot be described.
+    pub fn new(config: &Config, ranks: usize, ranks_per_node: usize) -> Result<Self, RunError> {
+        let parallel = &config.parallel;
+        let shard = parallel.shard_ranks(ranks, ranks_per_node)?;
+        check_samples(config, ranks)?;
+        let layout = Layout::new(parallel.zero_stage, ranks, shard);
+        let decay = |name: &str| !config.optimizer.no_decay.matches(name);
+        let trainable = |name: &str| !config.model.freeze.matches(name);
+        let units = describe(&config.model, trainable, decay)?;
+        let shape = |stage: &crate::config::StageConfig| StepShape {
+            accumulation: stage.accumulation(ranks),
+            overlap: parallel.overlap,
+            recompute: parallel.recompute == Recompute::Full,
+            prefetch_units: parallel.prefetch_units,
+        };
+        Ok(Self {
+            map: ShardMap::new(&units, layout.mesh.shard),
+            shapes: config.stages.iter().map(shape).collect(),
+            units,
+            layout,
+        })
+    }
+
+    /// What every step of stage `stage` does.
+    pub fn step(&self, stage: usize) -> Vec<Action> {
+        emit_step(&self.units, &self.map, &self.layout, self.shapes[stage])
+    }
+
+    /// What the validation of a micro-batch does.
+    pub fn evaluation(&self, stage: usize) -> Vec<Action> {
+        emit_evaluation(&self.units, &self.map, &self.layout, self.shapes[stage])
+    }
+
+    /// What must be under way before the first list. It is the same for all stages.
+    pub fn opening(&self) -> Vec<Action> {
+        emit_opening(&self.units, &self.map, &self.layout, self.shapes[0])
+    }
+
+    /// Bytes of state on each rank during stage `stage`, with weights of `dtype`.
+    pub fn state_bytes(&self, stage: usize, dtype: Dtype) -> StateBytes {
+        let actions = self.step(stage);
+        state_bytes(
+            &self.units,
+            &self.map,
+            &self.layout,
+            &actions,
+            bytes_of(dtype),
+        )
+    }
+
+    /// Bytes that a rank sends in a step of stage `stage`, with weights of `dtype` and gradients
+    /// that travel as `reduce`.
+    pub fn traffic(&self, stage: usize, dtype: Dtype, reduce: Dtype) -> StepTraffic {
+        let wire = WireBytes {
+            weight: bytes_of(dtype),
+            gradient: bytes_of(reduce),
+        };
+        step_traffic(&self.map, &self.layout, &self.step(stage), wire)
+    }
+}
+
+fn bytes_of(dtype: Dtype) -> usize {
+    match dtype {
+        Dtype::Bf16 => 2,
+        Dtype::Fp32 => 4,
+    }
+}
+
+/// The dtype in which gradients travel.
+pub(super) fn wire(dtype: Dtype) -> Wire {
+    match dtype {
+        Dtype::Bf16 => Wire::Bf16,
+        Dtype::Fp32 => Wire::F32,
+    }
+}
+
+/// Refuses stages that cannot give every rank a sample.
+fn check_samples(config: &Config, ranks: usize) -> Result<(), RunError> {
+    for stage in &config.stages {
+        let samples = stage.samples_per_batch();
+        if samples < ranks {
+            return Err(RunError::Plan(format!(
+                "stage \"{}\": a global batch of {} tokens holds {samples} samples of {} tokens, \
+                 fewer than the {ranks} ranks; start at most {samples} ranks, or raise \
+                 batch_tokens to {} or more (context parallelism over {} ranks would split the \
+                 samples; it is not built yet)",
+                stage.name,
+                stage.batch_tokens,
+                stage.seq_len,
+                ranks * stage.seq_len,
+                ranks.div_ceil(samples),
+            )));
+        }
+    }
+    Ok(())
+}

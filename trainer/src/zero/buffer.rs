@@ -1,0 +1,229 @@
+//! One kind of state of a unit: whole or as slices, here or on its way.
+
+use std::ops::Range;
+use std::time::Instant;
+
+use tch::{Device, Kind, Tensor};
+
+use super::{CommClock, ZeroError, pool::Pool};
+use crate::comm::Ticket;
+use crate::plan::{BufferKind, Holding, ShardMap};
+
+/// A piece of the buffer and this rank's slice of it.
+#[derive(Debug)]
+struct PieceState {
+    /// Index in the shard map.
+    id: usize,
+    /// Elements of the whole buffer.
+    range: Range<usize>,
+    /// The own slice: elements of the whole buffer.
+    own: Range<usize>,
+    /// Collectives under way, the oldest first.
+    tickets: Vec<(Ticket, &'static str)>,
+}
+
+/// Weights or gradients of a unit as a rank holds them.
+///
+/// A piece that is under way in a collective is reached through functions that wait for it first.
+/// Views that were made before it left see what the collective writes: they live for one action.
+#[derive(Debug)]
+pub(super) struct Buffer {
+    kind: Kind,
+    length: usize,
+    /// `[padded]`. Where the buffer is held as slices, only between `hold` and `release`.
+    whole: Option<Tensor>,
+    /// `[owned]`: the own slices of all pieces one after the other, where it is held as slices.
+    slices: Option<Tensor>,
+    pieces: Vec<PieceState>,
+}
+
+impl Buffer {
+    /// Zeros for one buffer of `unit`, as member `index` of the shard group holds it.
+    pub(super) fn new(
+        map: &ShardMap,
+        unit: usize,
+        buffer: BufferKind,
+        index: usize,
+        holding: Holding,
+        (kind, device): (Kind, Device),
+    ) -> Result<Self, tch::TchError> {
+        let length = map.padded_len(unit, buffer);
+        let zeros = |length: usize| Tensor::f_zeros([length as i64], (kind, device));
+        let pieces = map.pieces_of(unit, buffer).map(|id| PieceState {
+            id,
+            range: map.pieces()[id].range.clone(),
+            own: map.slice(id, index),
+            tickets: Vec::new(),
+        });
+        Ok(Self {
+            kind,
+            length,
+            whole: (holding == Holding::Whole)
+                .then(|| zeros(length))
+                .transpose()?,
+            slices: (holding == Holding::Slices)
+                .then(|| zeros(map.owned_len(unit, buffer)))
+                .transpose()?,
+            pieces: pieces.collect(),
+        })
+    }
+
+    /// The whole buffer, after waiting for everything under way.
+    pub(super) fn whole(&mut self, clock: &mut CommClock) -> Result<&Tensor, ZeroError> {
+        for position in 0..self.pieces.len() {
+            self.settle(position, clock)?;
+        }
+        self.whole.as_ref().ok_or(ZeroError::NotHeld)
+    }
+
+    /// Waits for what is under way on a piece.
+    pub(super) fn settle(
+        &mut self,
+        position: usize,
+        clock: &mut CommClock,
+    ) -> Result<(), ZeroError> {
+        let piece = &mut self.pieces[position];
+        for (ticket, operation) in piece.tickets.drain(..) {
+            let began = Instant::now();
+            let (_, traffic) = ticket.wait()?;
+            clock.count(operation, Some(piece.id), began, traffic);
+        }
+        Ok(())
+    }
+
+    /// View of the own slice of a piece, after waiting for what is under way on it.
+    pub(super) fn own(
+        &mut self,
+        position: usize,
+        clock: &mut CommClock,
+    ) -> Result<Tensor, ZeroError> {
+        self.settle(position, clock)?;
+        self.own_view(position)
+    }
+
+    /// Where the own slice of each piece lies in the whole buffer and in the owned state, which is
+    /// those slices one after the other.
+    pub(super) fn owned(&self) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
+        self.pieces.iter().scan(0, |start, piece| {
+            let local = *start..*start + piece.own.len();
+            *start = local.end;
+            Some((piece.own.clone(), local))
+        })
+    }
+
+    /// Whether only the own slices last from step to step.
+    pub(super) fn sliced(&self) -> bool {
+        self.slices.is_some()
+    }
+
+    /// Takes a buffer for the whole.
+    pub(super) fn hold(&mut self, pool: &mut Pool) -> Result<(), tch::TchError> {
+        if self.whole.is_none() {
+            self.whole = Some(pool.take(self.kind, self.length)?);
+        }
+        Ok(())
+    }
+
+    /// Sets the whole buffer to zero.
+    pub(super) fn zero(&mut self) -> Result<(), tch::TchError> {
+        match &mut self.whole {
+            Some(whole) => whole.f_zero_().map(drop),
+            None => Ok(()),
+        }
+    }
+
+    /// Gives the buffer for the whole back. The own slice of weights is not lost: it lies in the
+    /// slices all the time; that of gradients arrives there when they are reduced.
+    pub(super) fn release(
+        &mut self,
+        pool: &mut Pool,
+        clock: &mut CommClock,
+    ) -> Result<(), ZeroError> {
+        self.whole(clock)?;
+        if self.sliced()
+            && let Some(whole) = self.whole.take()
+        {
+            pool.give(whole);
+        }
+        Ok(())
+    }
+
+    /// Sets a piece of the whole buffer to zero, where it lasts from step to step.
+    pub(super) fn clear(&mut self, position: usize) -> Result<(), tch::TchError> {
+        match &self.whole {
+            Some(whole) if !self.sliced() => slice_of(whole, &self.pieces[position].range)?
+                .f_zero_()
+                .map(drop),
+            _ => Ok(()),
+        }
+    }
+
+    /// Starts a collective on a piece of the whole buffer. It gets views of the piece, of the own
+    /// slice therein, and of the own slice where that is held apart.
+    pub(super) fn start(
+        &mut self,
+        position: usize,
+        operation: &'static str,
+        collective: impl FnOnce(Views) -> Result<Ticket, tch::TchError>,
+        torch: impl Fn(tch::TchError) -> ZeroError,
+    ) -> Result<(), ZeroError> {
+        let whole = self.whole.as_ref().ok_or(ZeroError::NotHeld)?;
+        let PieceState { range, own, .. } = &self.pieces[position];
+        let views = Views {
+            piece: slice_of(whole, range).map_err(&torch)?,
+            own: slice_of(whole, own).map_err(&torch)?,
+            slice: match &self.slices {
+                Some(_) => Some(self.own_view(position)?),
+                None => None,
+            },
+        };
+        let ticket = collective(views).map_err(&torch)?;
+        self.pieces[position].tickets.push((ticket, operation));
+        Ok(())
+    }
+
+    /// Starts a collective on the own slice of a piece, which gets the ticket of the collective
+    /// before it.
+    pub(super) fn start_on_own(
+        &mut self,
+        position: usize,
+        operation: &'static str,
+        collective: impl FnOnce(Tensor, Option<&Ticket>) -> Ticket,
+    ) -> Result<(), ZeroError> {
+        let own = self.own_view(position)?;
+        let tickets = &mut self.pieces[position].tickets;
+        let ticket = collective(own, tickets.last().map(|(ticket, _)| ticket));
+        tickets.push((ticket, operation));
+        Ok(())
+    }
+
+    fn own_view(&self, position: usize) -> Result<Tensor, ZeroError> {
+        let own = &self.pieces[position].own;
+        let view = match (&self.slices, &self.whole) {
+            (Some(slices), _) => {
+                let length = own.len();
+                slice_of(slices, &(position * length..(position + 1) * length))
+            }
+            (None, Some(whole)) => slice_of(whole, own),
+            (None, None) => return Err(ZeroError::NotHeld),
+        };
+        view.map_err(|source| ZeroError::Torch {
+            unit: "an exchanged buffer".to_owned(),
+            source,
+        })
+    }
+}
+
+/// What a collective on a piece works with.
+pub(super) struct Views {
+    /// The piece, in the whole buffer.
+    pub(super) piece: Tensor,
+    /// The own slice, in the whole buffer.
+    pub(super) own: Tensor,
+    /// The own slice, where it is held apart.
+    pub(super) slice: Option<Tensor>,
+}
+
+pub(super) fn slice_of(buffer: &Tensor, range: &Range<usize>) -> Result<Tensor, tch::TchError> {
+    buffer.f_narrow(0, range.start as i64, range.len() as i64)
+}
