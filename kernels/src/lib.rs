@@ -40,6 +40,7 @@ pub mod cast;
 mod documents;
 pub mod embedding;
 mod error;
+pub mod fingerprint;
 mod float;
 pub mod linear;
 pub mod linear_cross_entropy;

@@ -57,6 +57,22 @@ pub enum RunError {
         /// What the system answered.
         source: std::io::Error,
     },
+    /// Ranks that should hold the same weights do not.
+    #[error(
+        "replica check after step {step}: {} other weights than the rest of the {world} ranks. \
+         Look for the hosts in the logs and test their memory and processors; then start again \
+         without them: the run goes on from its newest checkpoint. If the check fails on other \
+         hosts too, go on from an older checkpoint and report it.",
+        named(ranks)
+    )]
+    ReplicasDiffer {
+        /// After how many steps.
+        step: u64,
+        /// Those that differ from the others, or all that disagree where nobody can tell.
+        ranks: Vec<usize>,
+        /// Number of ranks.
+        world: usize,
+    },
     /// Another rank failed; its log says why.
     #[error("rank {rank} failed, see its log; this rank stops with it")]
     OtherRank {
@@ -113,5 +129,14 @@ impl RunError {
             action,
             source,
         }
+    }
+}
+
+/// `rank 3 holds`, `ranks 1, 3 hold`.
+fn named(ranks: &[usize]) -> String {
+    let list: Vec<String> = ranks.iter().map(usize::to_string).collect();
+    match ranks {
+        [rank] => format!("rank {rank} holds"),
+        _ => format!("ranks {} hold", list.join(", ")),
     }
 }

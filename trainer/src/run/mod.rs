@@ -4,7 +4,7 @@
 //! open     run directory, log, dataset, newest checkpoint or initial values      (once)
 //! begin    window edge of the data, optimizer reset, buffers, action list         (per stage)
 //! step     batch ─▶ actions ─▶ control ─▶ update ─▶ record                        (per step)
-//! between  validate, save, stop
+//! between  replica check, validate, save, stop
 //! ```
 //!
 //! All ranks run this loop in step. What they must agree on is decided from reduced values: inside
@@ -20,6 +20,7 @@ mod origin;
 mod plan;
 mod progress;
 mod ranks;
+mod replicas;
 mod save;
 mod stage;
 mod step;

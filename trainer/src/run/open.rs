@@ -8,7 +8,7 @@ use oxitron_kernels::{Threads, cpu_prefers_bf16, memory};
 use tch::Device;
 
 use super::{
-    RunError,
+    RunError, control,
     folder::RunFolder,
     origin::Origin,
     plan::{RunPlan, wire},
@@ -17,11 +17,11 @@ use super::{
     trainer::{Options, Trainer, dtype_name},
 };
 use crate::comm::Comm;
-use crate::config::{Config, Dtype, SourceConfig};
+use crate::config::{Config, Dtype, ShardSize, SourceConfig};
 use crate::metrics::{self, Event, MetricsWriter};
 use crate::model::Decoder;
 use crate::plan::Action;
-use crate::zero::{Groups, InitialValues, StateKind, Zero};
+use crate::zero::{CommClock, Groups, InitialValues, StateKind, Zero};
 
 impl<'a> Trainer<'a> {
     /// Checks the plan, takes hold of the run directory, opens the data and fills the state.
@@ -32,6 +32,7 @@ impl<'a> Trainer<'a> {
     ) -> Result<Self, RunError> {
         let ranks = Ranks::new(comm)?;
         let plan = RunPlan::new(config, ranks.ranks, comm.local_world())?;
+        check_nodes(config, &ranks, comm.local_world())?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let share = (cores / comm.local_world()).max(1);
         Threads::set(config.run.threads.unwrap_or(share))?;
@@ -170,6 +171,28 @@ impl<'a> Trainer<'a> {
         };
         self.event(event)
     }
+}
+
+/// Refuses shard groups by node where nodes have different numbers of ranks.
+fn check_nodes(config: &Config, ranks: &Ranks, local_world: usize) -> Result<(), RunError> {
+    let sum = control::sum(
+        &ranks.world,
+        &[local_world as f64],
+        &mut CommClock::default(),
+    )?[0];
+    let equal = sum == (local_world * ranks.ranks) as f64;
+    let refused = || {
+        Err(RunError::Plan(format!(
+            "`parallel.shard_size` is \"node\", but not every node has {local_world} ranks as the \
+             one of rank {} has; start the same number on every node, or give `shard_size` as a \
+             number or \"world\"",
+            ranks.rank
+        )))
+    };
+    ranks.together(match config.parallel.shard_size {
+        ShardSize::Node if !equal => refused(),
+        _ => Ok(()),
+    })
 }
 
 /// The run's identity and how often it has been started.

@@ -17,6 +17,7 @@ use super::{
     plan::RunPlan,
     progress::Progress,
     ranks::Ranks,
+    replicas,
     stage::Stage,
     step::{Pass, Step, StepReport},
 };
@@ -94,6 +95,10 @@ impl<'a> Trainer<'a> {
             let mut stage = self.begin_stage()?;
             while self.progress.stage == stage.index {
                 let stop = self.step(&mut stage)?;
+                if self.config.guard.checks_replicas_after(self.progress.step) {
+                    let (mesh, step) = (&self.plan.layout.mesh, self.progress.step);
+                    replicas::check(&mut self.zero, &self.ranks, mesh, step)?;
+                }
                 let ended = self.progress.step_in_stage == stage.config.steps;
                 if ended || self.due(self.config.validation.every_steps) {
                     self.validate(&mut stage)?;

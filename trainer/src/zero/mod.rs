@@ -12,6 +12,7 @@
 
 mod buffer;
 mod clock;
+mod fingerprint;
 mod pool;
 mod state;
 mod state_kind;
@@ -19,6 +20,7 @@ mod transfer;
 mod unit;
 
 pub use clock::{CommClock, CommSpan};
+pub use fingerprint::Fingerprints;
 pub use state::{Groups, Zero};
 pub use state_kind::StateKind;
 pub use transfer::{InitialValues, Staged};

@@ -39,7 +39,7 @@ impl Groups {
 pub struct Zero {
     pub(super) units: Vec<UnitState>,
     layers: Vec<Vec<usize>>,
-    pieces: Vec<Piece>,
+    pub(super) map: ShardMap,
     pub(super) groups: Groups,
     /// The dtype in which gradients travel.
     wire: Wire,
@@ -75,7 +75,7 @@ impl Zero {
                 .iter()
                 .map(|layer| layer.units.clone())
                 .collect(),
-            pieces: map.pieces().to_vec(),
+            map: map.clone(),
             groups,
             wire,
             pool: Pool::new(device),
@@ -147,10 +147,10 @@ impl Zero {
             Exchange::Reduce { piece, accumulate } => self.reduce(piece, accumulate),
             Exchange::Replicate { piece } => self.replicate(piece),
             Exchange::Await { piece, role } => {
-                let Piece { unit, position, .. } = self.pieces[piece];
+                let Piece { unit, position, .. } = self.map.pieces()[piece];
                 let state = &mut self.units[unit];
                 let buffer = match role {
-                    Role::Weights => state.weights_buffer(self.pieces[piece].buffer),
+                    Role::Weights => state.weights_buffer(self.map.pieces()[piece].buffer),
                     Role::Gradients => &mut state.gradients,
                 };
                 buffer.settle(position, &mut self.clock)
@@ -177,7 +177,7 @@ impl Zero {
             position,
             buffer,
             ..
-        } = self.pieces[piece];
+        } = self.map.pieces()[piece];
         let (state, lane) = (&mut self.units[unit], &self.groups.shard);
         let name = state.name.clone();
         let gather = |views: super::buffer::Views| {
@@ -196,7 +196,7 @@ impl Zero {
     }
 
     fn reduce(&mut self, piece: usize, accumulate: bool) -> Result<(), ZeroError> {
-        let Piece { unit, position, .. } = self.pieces[piece];
+        let Piece { unit, position, .. } = self.map.pieces()[piece];
         let (state, lane, wire) = (&mut self.units[unit], &self.groups.shard, self.wire);
         let reduce = |views: super::buffer::Views| {
             Ok(match views.slice {
@@ -209,7 +209,7 @@ impl Zero {
     }
 
     fn replicate(&mut self, piece: usize) -> Result<(), ZeroError> {
-        let Piece { unit, position, .. } = self.pieces[piece];
+        let Piece { unit, position, .. } = self.map.pieces()[piece];
         let lane = &self.groups.replica;
         let replicate = |own: Tensor, reduced: Option<&comm::Ticket>| match reduced {
             Some(reduced) => lane.after(reduced).all_reduce(own),
@@ -226,7 +226,7 @@ impl Zero {
     /// # Errors
     /// When a reduction failed.
     pub fn sum_of_squares(&mut self, piece: usize) -> Result<SumOfSquares, ZeroError> {
-        let Piece { unit, position, .. } = self.pieces[piece];
+        let Piece { unit, position, .. } = self.map.pieces()[piece];
         let sum = self.units[unit].sum_of_squares(position, &mut self.clock)?;
         Ok(match self.groups.replica.index() {
             0 => sum,
@@ -240,7 +240,7 @@ impl Zero {
     /// # Errors
     /// When a kernel fails.
     pub fn update(&mut self, piece: usize, adamw: &AdamW) -> Result<(), ZeroError> {
-        let Piece { unit, position, .. } = self.pieces[piece];
+        let Piece { unit, position, .. } = self.map.pieces()[piece];
         self.units[unit].update(position, adamw, &mut self.clock)?;
         self.skip(piece)
     }
@@ -250,7 +250,7 @@ impl Zero {
     /// # Errors
     /// When a reduction failed.
     pub fn skip(&mut self, piece: usize) -> Result<(), ZeroError> {
-        let Piece { unit, position, .. } = self.pieces[piece];
+        let Piece { unit, position, .. } = self.map.pieces()[piece];
         self.units[unit].clear_gradients(position, &mut self.clock)
     }
 

@@ -229,6 +229,21 @@ fn overlap(part: &Part, own: &Range<usize>) -> Option<(Range<usize>, Range<usize
 
 #[cfg(test)]
 impl Zero {
+    /// Changes one element of this rank's copy of the last unit's weights.
+    pub fn damage_weights(&mut self) {
+        let Some(unit) = self.units.last_mut() else {
+            return;
+        };
+        let element = if unit.weights.sliced() {
+            unit.weights.own(0, &mut self.clock)
+        } else {
+            unit.weights
+                .whole(&mut self.clock)
+                .map(Tensor::shallow_clone)
+        };
+        let _ = element.map(|weights| weights.get(0).fill_(7.0));
+    }
+
     /// The unscaled gradients of all trainable tensors, by name, on a single rank.
     pub fn gradients_by_name(&mut self) -> std::collections::BTreeMap<String, Vec<f32>> {
         let mut gradients = std::collections::BTreeMap::new();

@@ -6,7 +6,8 @@ use super::runner::{Runner, Setting, Sharding, Weights, assemble};
 use crate::comm::Comm;
 use crate::config::{Dtype, ModelConfig, Patterns};
 use crate::model::{Batch, describe};
-use crate::plan::StepShape;
+use crate::plan::{Layout, StepShape};
+use crate::run::{RunError, ranks::Ranks, replicas};
 use crate::testing::counter_hash;
 use crate::testing::golden::{self, Golden};
 use crate::testing::tiny::{Tensors, relative_error};
@@ -103,12 +104,31 @@ impl Mesh {
     }
 }
 
-fn train(model: &ModelConfig, mesh: Mesh) -> Trained {
-    let samples = samples(model.vocab_size);
+/// Runs something on every rank of a mesh: by rank, what it gave back.
+fn on_every_rank<T: Send>(ranks: usize, run: impl Fn(&Comm) -> T + Sync) -> Vec<T> {
+    let run = &run;
+    let on_rank = |comm: Comm| {
+        oxitron_kernels::Threads::set(1).unwrap();
+        let result = run(&comm);
+        comm.finish().unwrap();
+        result
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = Comm::threads(ranks)
+            .unwrap()
+            .into_iter()
+            .map(|comm| scope.spawn(move || on_rank(comm)))
+            .collect();
+        let results = threads.into_iter().map(|thread| thread.join().unwrap());
+        results.collect()
+    })
+}
+
+fn setting(model: &ModelConfig, mesh: Mesh) -> Setting<'_> {
     let per_rank = SAMPLES
         .div_ceil(mesh.ranks)
         .next_multiple_of(mesh.accumulation);
-    let setting = Setting {
+    Setting {
         model,
         rope_base: 10_000.0,
         dtype: Dtype::Fp32,
@@ -122,11 +142,14 @@ fn train(model: &ModelConfig, mesh: Mesh) -> Trained {
         sharding: mesh.sharding,
         tokens: per_rank / mesh.accumulation * SEQ_LEN,
         clip_norm: 1.0,
-    };
-    let samples = &samples;
-    let run = move |comm: Comm| {
-        oxitron_kernels::Threads::set(1).unwrap();
-        let mut runner = Runner::new(setting, &comm);
+    }
+}
+
+fn train(model: &ModelConfig, mesh: Mesh) -> Trained {
+    let samples = samples(model.vocab_size);
+    let setting = setting(model, mesh);
+    let mut results = on_every_rank(mesh.ranks, |comm| {
+        let mut runner = Runner::new(setting, comm);
         let initial = runner.zero.stage().unwrap();
         let reports: Vec<(f64, f64)> = samples
             .chunks(SAMPLES)
@@ -136,21 +159,7 @@ fn train(model: &ModelConfig, mesh: Mesh) -> Trained {
                 (report.agreement.loss.mean(), report.agreement.grad_norm)
             })
             .collect();
-        let last = runner.zero.stage().unwrap();
-        drop(runner);
-        comm.finish().unwrap();
-        (initial, reports, last)
-    };
-    let mut results = std::thread::scope(|scope| {
-        let comms = Comm::threads(mesh.ranks).unwrap();
-        let threads: Vec<_> = comms
-            .into_iter()
-            .map(|comm| scope.spawn(move || run(comm)))
-            .collect();
-        threads
-            .into_iter()
-            .map(|thread| thread.join().unwrap())
-            .collect::<Vec<_>>()
+        (initial, reports, runner.zero.stage().unwrap())
     });
     for (rank, (_, reports, _)) in results.iter().enumerate() {
         assert_eq!(
@@ -291,6 +300,41 @@ fn neither_time_nor_overlap_changes_a_bit() {
                 assert_eq!(first.norms, again.norms, "{other:?}");
                 assert_eq!(first.weights, again.weights, "{other:?}");
             }
+        }
+    }
+}
+
+/// A rank whose weights have changed behind everybody's back is found and named, by all ranks.
+#[test]
+fn the_replica_check_names_the_rank_that_differs() {
+    let model = model(false, &[]);
+    // Weights held whole: anybody may differ. Held as slices: only replicas can be compared, and
+    // of two nobody knows which is right.
+    for (zero_stage, ranks, shard, expected) in [
+        (0, 3, 1, vec![2]),
+        (1, 2, 2, vec![0]),
+        (2, 3, 3, vec![2]),
+        (1, 4, 2, vec![2]),
+        (3, 4, 2, vec![0, 2]),
+    ] {
+        let mesh = Mesh::new(zero_stage, ranks, shard, 1);
+        let setting = setting(&model, mesh);
+        let layout = Layout::new(zero_stage, ranks, shard);
+        let damaged = *expected.last().unwrap();
+        let found = on_every_rank(ranks, |comm| {
+            let ranks = Ranks::new(comm).unwrap();
+            let mut zero = Runner::new(setting, comm).zero;
+            replicas::check(&mut zero, &ranks, &layout.mesh, 1).unwrap();
+            if comm.rank() == damaged {
+                zero.damage_weights();
+            }
+            replicas::check(&mut zero, &ranks, &layout.mesh, 2)
+        });
+        for result in found {
+            let Err(RunError::ReplicasDiffer { step: 2, ranks, .. }) = result else {
+                panic!("ZeRO-{zero_stage} on {ranks} ranks: {result:?}")
+            };
+            assert_eq!(ranks, expected, "ZeRO-{zero_stage} in groups of {shard}");
         }
     }
 }
