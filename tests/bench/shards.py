@@ -1,0 +1,70 @@
+"""Token shards of random ids, made by the binary itself.
+
+A tokenizer that maps one word to each id turns random words into random ids, all equally likely, so
+that `oxitron data tokenize` writes the shards and nothing but the binary knows their format.
+
+Speed must not depend on what the documents say, and packing must not make attention cheaper than it
+is for a peer: a document is as long as several samples, exactly, so that no sample holds the end of
+one document and the beginning of the next.
+"""
+
+import json
+import random
+import subprocess
+from pathlib import Path
+
+END_OF_TEXT, UNKNOWN = "<|endoftext|>", "<unk>"
+FIRST_WORD = 2  # the ids before it are those two
+DOCUMENT_TOKENS = 16384
+
+
+def word(token: int) -> str:
+    """The word of an id."""
+    return f"w{token:x}"
+
+
+def tokenizer(vocab_size: int) -> dict:
+    """A tokenizer.json with `vocab_size` ids, the words separated by spaces."""
+    vocabulary = {END_OF_TEXT: 0, UNKNOWN: 1}
+    vocabulary.update((word(token), token) for token in range(FIRST_WORD, vocab_size))
+    end_of_text = {
+        "id": 0,
+        "content": END_OF_TEXT,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [end_of_text],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": UNKNOWN},
+    }
+
+
+def write(binary: Path, folder: Path, vocab_size: int, tokens: int) -> Path:
+    """Writes at least `tokens` tokens of shards into a new folder and returns it."""
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer(vocab_size)))
+    words = [word(token) for token in range(FIRST_WORD, vocab_size)]
+    draw = random.Random(vocab_size)
+    with open(folder / "corpus.jsonl", "w", encoding="ascii") as corpus:
+        for _ in range(-(-tokens // DOCUMENT_TOKENS)):
+            # The end-of-text id is the last of the document's tokens.
+            text = " ".join(draw.choices(words, k=DOCUMENT_TOKENS - 1))
+            corpus.write(json.dumps({"text": text}) + "\n")
+    subprocess.run(
+        [binary, "data", "tokenize", folder / "corpus.jsonl"]
+        + ["--tokenizer", folder / "tokenizer.json", "--out", folder / "shards"],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    return folder / "shards"
