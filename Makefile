@@ -5,13 +5,13 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup build demo clean-demo test check oracle docs
+.PHONY: help setup build demo clean-demo test check oracle peers bench-peers bench-overlap docs
 
 CARGO_FLAGS := --release --locked
 have = $(shell command -v $(1) 2>/dev/null)
 
 help: ## this list
-	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
 setup: ## what a build needs: Debian packages and libtorch (CUDA=1: for a GPU machine)
 	@launch/scripts/setup.sh
@@ -51,6 +51,16 @@ endif
 oracle: build ## golden files made again and exports loaded by transformers (5 GB the first time)
 	folder=$$(tests/oracle/setup.sh) && "$$folder/venv/bin/python" tests/oracle/run_all.py && \
 		"$$folder/venv/bin/python" tests/oracle/exports.py
+
+peers: ## PyTorch for bench-peers (5 GB, unless make oracle has brought it)
+	@tests/peers/setup.sh
+
+bench-peers: build peers ## tokens/s beside PyTorch DDP and FSDP2, and two ranks beside one
+	folder=$$(tests/peers/setup.sh) && "$$folder/venv/bin/python" -B tests/peers/compare.py \
+		--scaling
+
+bench-overlap: build ## how much communication hides behind backward, over a slow link (as root)
+	python3 -B tests/bench/overlap.py
 
 docs: setup ## the book, docs/book (mdBook), and the API pages, target/doc
 	cargo doc $(CARGO_FLAGS) --workspace --no-deps
