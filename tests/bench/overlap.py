@@ -231,7 +231,10 @@ def measure(bench: Bench, args: argparse.Namespace) -> int:
         for mode in ("off", "on")
     ]
     outcome.print_table(("cable", "overlap", "step s", "comm s", "exposed s", "optimizer s"), rows)
-    say(f"backward, estimated: {backward:.3f} s; communication: {comm / backward:.0%} of it")
+    say(
+        f"backward, estimated: {backward:.3f} s; communication without overlap: "
+        f"{comm / backward:.0%} of it, {SHARE_OF_BACKWARD:.0%} wanted"
+    )
     say(f"sent by each host and step: {sent / 1e6:.2f} MB, {formula / 1e6:.2f} MB by formula")
     say(f"structural floor: {floor_bytes(model) / 1e6:.2f} MB, {floor:.3f} s at the rate reached")
     bars = [
@@ -245,6 +248,7 @@ def measure(bench: Bench, args: argparse.Namespace) -> int:
         "dtype": bench.dtype,
         "seq_len": args.seq_len,
         "backward_seconds": backward,
+        "communication_share": comm / backward,
         "bytes_per_step": sent,
         "formula_bytes": formula,
         "floor_seconds": floor,
@@ -265,7 +269,7 @@ def main() -> int:
         try:
             with Hosts(folder) as hosts:
                 return measure(Bench(args, binary, folder, hosts), args)
-        except runs.RunFailed as error:
+        except (runs.RunFailed, OSError) as error:
             print(error, file=sys.stderr)
             return 1
 

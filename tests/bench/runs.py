@@ -227,7 +227,9 @@ def read_records(path: Path) -> list[dict]:
 
 def count_parameters(binary: Path, run: Path) -> int:
     """The number of parameters in a run's checkpoint, as `oxitron inspect` counts them."""
-    done = subprocess.run([binary, "inspect", run], capture_output=True, text=True, check=True)
+    done = subprocess.run([binary, "inspect", run], capture_output=True, text=True)
+    if done.returncode:
+        raise RunFailed(f"{binary} inspect: exit code {done.returncode}\n{done.stderr}")
     words = done.stdout.replace(",", " ").split()
     return int(words[words.index("parameters") - 1])
 

@@ -10,8 +10,9 @@ one document and the beginning of the next.
 
 import json
 import random
-import subprocess
 from pathlib import Path
+
+import runs
 
 END_OF_TEXT, UNKNOWN = "<|endoftext|>", "<unk>"
 FIRST_WORD = 2  # the ids before it are those two
@@ -60,11 +61,7 @@ def write(binary: Path, folder: Path, vocab_size: int, tokens: int) -> Path:
             # The end-of-text id is the last of the document's tokens.
             text = " ".join(draw.choices(words, k=DOCUMENT_TOKENS - 1))
             corpus.write(json.dumps({"text": text}) + "\n")
-    subprocess.run(
-        [binary, "data", "tokenize", folder / "corpus.jsonl"]
-        + ["--tokenizer", folder / "tokenizer.json", "--out", folder / "shards"],
-        check=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    command = [binary, "data", "tokenize", folder / "corpus.jsonl"]
+    command += ["--tokenizer", folder / "tokenizer.json", "--out", folder / "shards"]
+    runs.run_to_end([str(part) for part in command], folder / "output.txt")
     return folder / "shards"
