@@ -312,7 +312,7 @@ fn the_replica_check_names_the_rank_that_differs() {
     // of two nobody knows which is right.
     for (zero_stage, ranks, shard, expected) in [
         (0, 3, 1, vec![2]),
-        (1, 2, 2, vec![0]),
+        (1, 2, 2, vec![1]),
         (2, 3, 3, vec![2]),
         (1, 4, 2, vec![2]),
         (3, 4, 2, vec![0, 2]),
