@@ -227,6 +227,35 @@ mod tests {
     }
 
     #[test]
+    fn the_chunks_of_more_elements_than_32_bits_count_cover_them_once() {
+        for (elements, size, bytes) in [
+            ((1 << 31) + 1, 2, 1),
+            ((1 << 32) - 1, 3, 2),
+            ((1 << 33) + 7, 4, 4),
+            ((1 << 40) + 5, 64, 4),
+        ] {
+            let split = Split::new(elements, size, bytes);
+            assert!(split.chunk * bytes <= CHUNK_BYTES);
+            let mut next = 0;
+            for member in 0..size {
+                assert_eq!(split.range(member, 0).start, next);
+                // Every chunk of a long slice would take long: the first, some, and the last.
+                let rounds = split.rounds();
+                for round in (0..rounds).step_by(997).chain(rounds - 2..rounds) {
+                    let (range, start) = (split.range(member, round), round * split.chunk);
+                    assert_eq!(range.start, next + start.min(range.end - next));
+                    assert!(range.len() <= split.chunk);
+                    let before = split.range(member, round.saturating_sub(1));
+                    assert!(round == 0 || before.end == range.start);
+                }
+                next = split.range(member, rounds - 1).end;
+                assert!(split.range(member, rounds).is_empty());
+            }
+            assert_eq!(next, elements);
+        }
+    }
+
+    #[test]
     fn chunks_shrink_when_many_peers_share_the_scratch_memory() {
         assert_eq!(Split::new(1 << 24, 2, 4).chunk * 4, CHUNK_BYTES);
         assert_eq!(Split::new(1 << 24, 4096, 4).chunk * 4, SMALL_CHUNK_BYTES);
