@@ -7,7 +7,11 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod chains;
+mod huge;
+mod schedules;
 mod suite;
+mod values;
 
 use std::process::ExitCode;
 #[cfg(feature = "mpi")]
@@ -19,6 +23,18 @@ use oxitron_trainer::comm::Comm;
 
 /// A deadlock is a failure, not a hung build.
 const TIME_LIMIT: Duration = Duration::from_secs(120);
+
+/// Random schedules on threads, for each mesh. On processes there are an eighth of them.
+const SCHEDULES: u64 = 96;
+
+/// Another number of them, to look for a rare fault.
+const SCHEDULES_VARIABLE: &str = "OXITRON_TEST_COMM_SCHEDULES";
+
+/// Schedules that share their lanes. New ones now and then, because a lane remembers.
+const SHARED_LANES: u64 = 8;
+
+/// World and shard group sizes of the random schedules.
+const MESHES: [(usize, usize); 3] = [(2, 1), (2, 2), (4, 2)];
 
 /// Tells this program that it is a rank of an MPI case.
 #[cfg(feature = "mpi")]
@@ -51,10 +67,20 @@ fn cases() -> Vec<Case> {
         "threads::other_lengths_poison_the_lane",
         suite::other_lengths_fail,
     ));
+    cases.push(case("threads::more_than_2^31_elements", huge::all_gather));
+    for (world, shard) in MESHES {
+        let name = format!("threads::random_schedules_of_{world}_in_groups_of_{shard}");
+        cases.push(case(name, move || schedules_on_threads(world, shard)));
+    }
+    #[cfg(feature = "mpi")]
+    for (world, shard) in MESHES {
+        let name = format!("mpi::random_schedules_of_{world}_in_groups_of_{shard}");
+        cases.push(case(name, move || on_mpi(world, &shard.to_string())));
+    }
     #[cfg(feature = "mpi")]
     for world in 1..=4 {
         cases.push(case(format!("mpi::world_of_{world}"), move || {
-            on_mpi(world)
+            on_mpi(world, "suite")
         }));
     }
     #[cfg(feature = "mpi")]
@@ -69,7 +95,32 @@ fn on_threads(world: usize) {
     suite::each_rank(Comm::threads(world).unwrap(), suite::run);
 }
 
-/// This program under `mpirun`, as ranks that run the suite or, with `part = "abort"`, fail.
+fn schedule_count() -> u64 {
+    let count = std::env::var(SCHEDULES_VARIABLE);
+    count.map_or(SCHEDULES, |count| count.parse().unwrap())
+}
+
+fn schedules_on_threads(world: usize, shard: usize) {
+    for first in (0..schedule_count()).step_by(SHARED_LANES as usize) {
+        suite::each_rank(Comm::threads(world).unwrap(), move |comm| {
+            schedules::run(&comm, shard, first..first + SHARED_LANES);
+            comm.finish().unwrap();
+        });
+    }
+}
+
+/// An eighth of the schedules, and other ones than on threads.
+#[cfg(feature = "mpi")]
+fn schedules_on_mpi(comm: Comm, shard: usize) {
+    let begin = 1 << 32;
+    for first in (begin..begin + schedule_count() / 8).step_by(SHARED_LANES as usize) {
+        schedules::run(&comm, shard, first..first + SHARED_LANES);
+    }
+    comm.finish().unwrap();
+}
+
+/// This program under `mpirun`, as ranks that run the suite, or fail (`part = "abort"`), or run the
+/// random schedules on shard groups of as many ranks as `part` says.
 #[cfg(feature = "mpi")]
 fn mpirun(world: usize, part: &str) -> Command {
     let program = std::env::current_exe().unwrap();
@@ -93,8 +144,8 @@ fn mpirun(world: usize, part: &str) -> Command {
 }
 
 #[cfg(feature = "mpi")]
-fn on_mpi(world: usize) {
-    let status = mpirun(world, "suite").status();
+fn on_mpi(world: usize, part: &str) {
+    let status = mpirun(world, part).status();
     let status = status.expect("mpirun must be installed: apt install openmpi-bin");
     assert!(status.success(), "mpirun -n {world} ended with {status}");
 }
@@ -119,12 +170,15 @@ fn an_abort_ends_all_processes() {
     );
 }
 
-/// Ends the process unless what is returned is dropped in time.
-fn watch() -> mpsc::Sender<()> {
+/// Ends the process, with a word about what it was at, unless what is returned is dropped in time.
+fn watch(limit: Duration, what: String) -> mpsc::Sender<()> {
     let (alive, ended) = mpsc::channel();
     std::thread::spawn(move || {
-        if ended.recv_timeout(TIME_LIMIT) == Err(mpsc::RecvTimeoutError::Timeout) {
-            eprintln!("not finished after {} s: deadlock?", TIME_LIMIT.as_secs());
+        if ended.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout) {
+            eprintln!(
+                "{what}: not finished after {} s: deadlock?",
+                limit.as_secs()
+            );
             std::process::abort();
         }
     });
@@ -134,12 +188,12 @@ fn watch() -> mpsc::Sender<()> {
 fn main() -> ExitCode {
     #[cfg(feature = "mpi")]
     if let Ok(part) = std::env::var(RANK_MARK) {
-        let _watched = watch();
+        let _watched = watch(TIME_LIMIT, format!("a rank of {part}"));
         let comm = Comm::mpi().unwrap();
-        if part == "abort" {
-            suite::one_rank_aborts(comm)
-        } else {
-            suite::run(comm)
+        match (part.as_str(), part.parse()) {
+            ("abort", _) => suite::one_rank_aborts(comm),
+            (_, Ok(shard)) => schedules_on_mpi(comm, shard),
+            _ => suite::run(comm),
         }
         return ExitCode::SUCCESS;
     }
@@ -165,7 +219,8 @@ fn main() -> ExitCode {
         println!("skipped: the cases on MPI processes, because the feature `mpi` is off");
     }
     for case in cases().into_iter().filter(|case| chosen(&case.name)) {
-        let (begun, _watched) = (Instant::now(), watch());
+        let _watched = watch(TIME_LIMIT, case.name.clone());
+        let begun = Instant::now();
         // A failed assertion of a rank on a thread reaches this thread as a panic and ends the
         // program with an error; so there is no count of failures to keep.
         (case.run)();

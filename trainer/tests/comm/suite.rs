@@ -1,24 +1,21 @@
 //! What every kind of communicator must do, written once.
-//!
-//! Inputs come from a hash of (rank, element), so each rank can compute what it must receive, bit
-//! for bit, without asking the others.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use half::bf16;
 use oxitron_trainer::comm::{Comm, Lane, Ticket, Wire};
 use tch::{Kind, Tensor};
 
+use crate::values::{
+    assert_bits, element, expected_sum, floats, input, on_the_wire, scattered_bytes,
+};
+use crate::{chains, schedules};
+
 /// Slice lengths: odd, shorter and longer than a block of the summation, longer than one chunk.
-const LENGTHS: [usize; 4] = [1, 7, 1025, 300_001];
+pub const LENGTHS: [usize; 4] = [1, 7, 1025, 300_001];
 
 /// A slice of more chunks than are in flight together, so that scratch memory is used again.
-const LONG: usize = 1_200_007;
-
-/// Batches of the random schedules, and operations per lane in each.
-const RANDOM_BATCHES: usize = 3;
-const BATCH_OPERATIONS: usize = 8;
+pub const LONG: usize = 1_200_007;
 
 /// Runs `body` for every handle on a thread of its own and hands a panic on.
 pub fn each_rank(comms: Vec<Comm>, body: impl Fn(Comm) + Copy + Send + 'static) {
@@ -29,6 +26,15 @@ pub fn each_rank(comms: Vec<Comm>, body: impl Fn(Comm) + Copy + Send + 'static) 
     let outcomes: Vec<_> = threads.into_iter().map(|thread| thread.join()).collect();
     for outcome in outcomes {
         outcome.expect("a rank failed");
+    }
+}
+
+/// The ranks of a shard group on the mesh that the suite makes of a world: half of an even one.
+pub fn shard_size(world: usize) -> usize {
+    if world.is_multiple_of(2) {
+        world / 2
+    } else {
+        world
     }
 }
 
@@ -43,76 +49,22 @@ pub fn run(comm: Comm) {
     broadcast_reaches_everybody_from_every_root(&lane);
     messages_run_along_a_chain(&lane);
     a_dropped_ticket_and_a_wrong_argument_do_no_harm(&lane);
-    random_schedules_on_overlapping_lanes_end(&comm);
+    chains::run(&comm);
+    schedules::run(&comm, shard_size(comm.world()), 0..2);
     lanes_are_checked(&comm);
-    waiting_does_not_burn_a_core(&lane);
+    waiting_does_not_burn_a_core(&lane, &comm.lane(&everybody).unwrap());
     comm.finish().unwrap();
-}
-
-/// A 64-bit mix (SplitMix64's finaliser).
-fn mix(value: u64) -> u64 {
-    let value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    value ^ (value >> 31)
-}
-
-/// Element `index` of the input of the rank at lane index `member`; magnitudes differ so much that
-/// another order of addition gives other bits.
-fn element(seed: u64, member: usize, index: usize) -> f32 {
-    let bits = mix(seed ^ mix(((member as u64) << 40) + index as u64 + 1));
-    let mantissa = (bits >> 40) as f32 / (1u64 << 23) as f32 - 1.0;
-    mantissa * (1u32 << (bits & 15)) as f32
-}
-
-fn input(seed: u64, member: usize, length: usize) -> Tensor {
-    let values: Vec<f32> = (0..length)
-        .map(|index| element(seed, member, index))
-        .collect();
-    Tensor::from_slice(&values)
-}
-
-/// The sum over `size` members in order, each contribution through `value`.
-fn expected_sum(seed: u64, size: usize, index: usize, value: impl Fn(f32) -> f32) -> f32 {
-    let mut sum = value(element(seed, 0, index));
-    for member in 1..size {
-        sum += value(element(seed, member, index));
-    }
-    sum
-}
-
-fn floats(tensor: &Tensor) -> Vec<f32> {
-    Vec::<f32>::try_from(&tensor.flatten(0, -1)).unwrap()
-}
-
-fn assert_bits(found: &[f32], expected: impl Iterator<Item = f32>, what: &str) {
-    let mut count = 0;
-    for (index, (found, expected)) in found.iter().zip(expected).enumerate() {
-        assert_eq!(
-            found.to_bits(),
-            expected.to_bits(),
-            "{what}, element {index}"
-        );
-        count += 1;
-    }
-    assert_eq!(count, found.len(), "{what}");
 }
 
 fn check_reduce_scatter(lane: &Lane, ticket: Ticket, seed: u64, slice: usize, wire: Wire) {
     let (tensor, traffic) = ticket.wait().unwrap();
     let own = slice * lane.index()..slice * (lane.index() + 1);
-    let round = |x: f32| match wire {
-        Wire::Bf16 if lane.size() > 1 => bf16::from_f32(x).to_f32(),
-        _ => x,
-    };
+    let value = on_the_wire(lane, wire);
     let expected = own
         .clone()
-        .map(|index| expected_sum(seed, lane.size(), index, round));
+        .map(|index| expected_sum(seed, lane.size(), index, value));
     assert_bits(&floats(&tensor)[own.clone()], expected, "reduce-scatter");
-    let width = if wire == Wire::Bf16 { 2 } else { 4 };
-    assert_eq!(
-        traffic.bytes_sent,
-        ((lane.size() - 1) * slice * width) as u64
-    );
+    assert_eq!(traffic.bytes_sent, scattered_bytes(lane, slice, wire));
 }
 
 fn reduce_scatter_adds_in_rank_order(lane: &Lane) {
@@ -222,73 +174,6 @@ fn a_dropped_ticket_and_a_wrong_argument_do_no_harm(lane: &Lane) {
     check_reduce_scatter(lane, ticket, seed, slice, Wire::F32);
 }
 
-/// Several lanes, two of them over the same ranks and two over halves, each with its own random list
-/// of operations. Every rank queues them in its own random interleaving, pauses now and then, and
-/// waits for the tickets of a batch in another order than that of the queue.
-fn random_schedules_on_overlapping_lanes_end(comm: &Comm) {
-    let everybody: Vec<usize> = (0..comm.world()).collect();
-    let like_me: Vec<usize> = everybody
-        .iter()
-        .copied()
-        .filter(|rank| rank % 2 == comm.rank() % 2)
-        .collect();
-    let with_zero: Vec<usize> = vec![comm.rank()];
-    let lanes = [
-        comm.lane(&everybody).unwrap(),
-        comm.lane(&like_me).unwrap(),
-        comm.lane(&everybody).unwrap(),
-        comm.lane(&with_zero).unwrap(),
-    ];
-    let mut random = mix(comm.rank() as u64 + 77);
-    let mut next = move |bound: usize| {
-        random = mix(random.wrapping_add(0x9e37_79b9_7f4a_7c15));
-        (random % bound as u64) as usize
-    };
-    // All tickets of a batch are waited for before the next batch: a rank that waited for one lane
-    // while another waits for a lane that the first has not filled yet would be a deadlock of the
-    // caller's making.
-    for batch in 0..RANDOM_BATCHES {
-        let mut queued = [0; 4];
-        let mut tickets = Vec::new();
-        while queued.iter().any(|&count| count < BATCH_OPERATIONS) {
-            let which = next(lanes.len());
-            if queued[which] == BATCH_OPERATIONS {
-                continue;
-            }
-            let lane = &lanes[which];
-            // What the operation is depends on the lane's ranks and its place in the queue only.
-            let place = ((lane.ranks()[0] * 10 + which) * 100 + batch) * 100 + queued[which];
-            let seed = mix(place as u64 + 1);
-            queued[which] += 1;
-            let slice = 1 + (seed >> 8) as usize % 20_000;
-            let wire = if seed & 1 == 0 { Wire::F32 } else { Wire::Bf16 };
-            if seed & 6 == 0 {
-                let ticket = lane.all_reduce(input(seed, lane.index(), slice));
-                tickets.push((lane, ticket, seed, slice, None));
-            } else {
-                let buffer = input(seed, lane.index(), slice * lane.size());
-                let ticket = lane.reduce_scatter(buffer, wire);
-                tickets.push((lane, ticket, seed, slice, Some(wire)));
-            }
-            if next(8) == 0 {
-                std::thread::sleep(Duration::from_micros(next(3000) as u64));
-            }
-        }
-        while !tickets.is_empty() {
-            check_random(tickets.swap_remove(next(tickets.len())));
-        }
-    }
-}
-
-fn check_random((lane, ticket, seed, slice, wire): (&Lane, Ticket, u64, usize, Option<Wire>)) {
-    if let Some(wire) = wire {
-        return check_reduce_scatter(lane, ticket, seed, slice, wire);
-    }
-    let (sum, _) = ticket.wait().unwrap();
-    let expected = (0..slice).map(|index| expected_sum(seed, lane.size(), index, |x| x));
-    assert_bits(&floats(&sum), expected, "all-reduce among other lanes");
-}
-
 fn lanes_are_checked(comm: &Comm) {
     let (rank, world) = (comm.rank(), comm.world());
     let error = comm.lane(&[rank, world]).unwrap_err().to_string();
@@ -308,8 +193,9 @@ fn processor_seconds() -> f64 {
         .sum()
 }
 
-/// For one second the other ranks wait for the last one, whose own thread idles.
-fn waiting_does_not_burn_a_core(lane: &Lane) {
+/// For one second the other ranks wait for the last one, whose own thread idles: for its part of an
+/// operation, and on another lane for what comes after that.
+fn waiting_does_not_burn_a_core(lane: &Lane, other: &Lane) {
     let last = lane.index() + 1 == lane.size();
     // All start together.
     let _ = lane.all_reduce(input(0, 0, 1)).wait().unwrap();
@@ -317,7 +203,8 @@ fn waiting_does_not_burn_a_core(lane: &Lane) {
     if last {
         std::thread::sleep(Duration::from_secs(1));
     }
-    let _ = lane.all_reduce(input(0, 0, 1)).wait().unwrap();
+    let awaited = lane.all_reduce(input(0, 0, 1));
+    let _ = other.after(&awaited).all_reduce(input(0, 0, 1)).wait();
     let (waited, used) = (begun.elapsed().as_secs_f64(), processor_seconds() - before);
     if lane.index() == 0 {
         println!(
