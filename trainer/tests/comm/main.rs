@@ -12,6 +12,7 @@ mod huge;
 mod schedules;
 mod suite;
 mod values;
+mod walk;
 
 use std::process::ExitCode;
 #[cfg(feature = "mpi")]
