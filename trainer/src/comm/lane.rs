@@ -13,7 +13,8 @@ use super::event::Event;
 use super::members::Members;
 use super::operation::{Operation, submit};
 use super::schedule::{
-    AllGather, AllToAll, Broadcast, Form, Place, PointToPoint, ReduceScatter, Schedule, Target, Way,
+    AllGather, AllGatherAsBf16, AllToAll, Broadcast, Form, Place, PointToPoint, ReduceScatter,
+    Schedule, Target, Way,
 };
 use super::ticket::{Promise, Ticket};
 
@@ -193,6 +194,24 @@ impl Lane {
             Ok(vec![
                 Box::new(ReduceScatter::new(buffer, Target::InPlace, place, form)),
                 Box::new(AllGather::new(buffer, place)),
+            ])
+        })
+    }
+
+    /// Like [`Lane::all_reduce`] of f32, with elements that travel as `wire` says. As bf16, every
+    /// contribution is rounded, they are added in f32, and the sum is rounded; the result has the
+    /// same bits on every rank.
+    pub fn all_reduce_as(&self, buffer: Tensor, wire: Wire) -> Ticket {
+        if wire == Wire::F32 || self.place.size == 1 {
+            return self.all_reduce(buffer);
+        }
+        let place = self.place;
+        self.submit("all-reduce", buffer, |buffer| {
+            expect_element(buffer, &[Element::F32])?;
+            let form = Form::F32AsBf16;
+            Ok(vec![
+                Box::new(ReduceScatter::new(buffer, Target::InPlace, place, form)),
+                Box::new(AllGatherAsBf16::new(buffer, place)),
             ])
         })
     }

@@ -210,10 +210,10 @@ impl Zero {
 
     fn replicate(&mut self, piece: usize) -> Result<(), ZeroError> {
         let Piece { unit, position, .. } = self.map.pieces()[piece];
-        let lane = &self.groups.replica;
+        let (lane, wire) = (&self.groups.replica, self.wire);
         let replicate = |own: Tensor, reduced: Option<&comm::Ticket>| match reduced {
-            Some(reduced) => lane.after(reduced).all_reduce(own),
-            None => lane.all_reduce(own),
+            Some(reduced) => lane.after(reduced).all_reduce_as(own, wire),
+            None => lane.all_reduce_as(own, wire),
         };
         let gradients = &mut self.units[unit].gradients;
         gradients.start_on_own(position, "replicate", replicate)

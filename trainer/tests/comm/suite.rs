@@ -109,6 +109,16 @@ fn all_reduce_has_the_same_bits_everywhere(lane: &Lane) {
         let expected = (0..length).map(|index| expected_sum(seed, lane.size(), index, |x| x));
         assert_bits(&floats(&sum), expected, "all-reduce of f32");
     }
+    for (seed, length) in (60..).zip(LENGTHS) {
+        let (sum, _) = lane
+            .all_reduce_as(input(seed, lane.index(), length), Wire::Bf16)
+            .wait()
+            .unwrap();
+        let round = on_the_wire(lane, Wire::Bf16);
+        let expected =
+            (0..length).map(|index| round(expected_sum(seed, lane.size(), index, round)));
+        assert_bits(&floats(&sum), expected, "all-reduce of f32 as bf16");
+    }
     // A control record: a few f64, fewer than ranks perhaps.
     let record = Tensor::from_slice(&[0.1 * (lane.index() + 1) as f64, 1.0, -0.0]);
     let (sum, _) = lane.all_reduce(record).wait().unwrap();

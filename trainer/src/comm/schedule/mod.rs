@@ -18,6 +18,7 @@
 //!
 //! Direct exchange moves the least possible bytes per rank, `(n-1)/n` of the buffer, in one hop.
 
+mod bf16;
 mod broadcast;
 mod exchange;
 mod gather;
@@ -27,7 +28,7 @@ use std::ops::Range;
 
 pub(super) use broadcast::Broadcast;
 pub(super) use exchange::{AllToAll, PointToPoint};
-pub(super) use gather::AllGather;
+pub(super) use gather::{AllGather, AllGatherAsBf16};
 pub(super) use reduce::{Form, ReduceScatter, Target};
 
 /// Rounds of one operation that may be in flight together.
@@ -84,11 +85,14 @@ impl Split {
     pub(super) fn new(elements: usize, size: usize, element_bytes: usize) -> Self {
         let share = SCRATCH_BYTES / (WINDOW * size.max(2).saturating_sub(1));
         let bytes = share.clamp(SMALL_CHUNK_BYTES, CHUNK_BYTES);
-        // A multiple of 64 elements keeps every chunk of the scratch memory aligned.
-        let chunk = (bytes / element_bytes / 64 * 64).max(64);
+        let slice = elements.div_ceil(size);
+        // A multiple of 64 elements keeps every chunk of the scratch memory aligned; a small
+        // operation asks for little of it.
+        let most = slice.next_multiple_of(64).max(64);
+        let chunk = (bytes / element_bytes / 64 * 64).clamp(64, most);
         Self {
             elements,
-            slice: elements.div_ceil(size),
+            slice,
             chunk,
         }
     }
@@ -258,6 +262,8 @@ mod tests {
     #[test]
     fn chunks_shrink_when_many_peers_share_the_scratch_memory() {
         assert_eq!(Split::new(1 << 24, 2, 4).chunk * 4, CHUNK_BYTES);
-        assert_eq!(Split::new(1 << 24, 4096, 4).chunk * 4, SMALL_CHUNK_BYTES);
+        assert_eq!(Split::new(1 << 30, 4096, 4).chunk * 4, SMALL_CHUNK_BYTES);
+        // A control reduction takes no megabytes of it.
+        assert_eq!(Split::new(4, 4, 8).chunk, 64);
     }
 }

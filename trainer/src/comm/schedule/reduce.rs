@@ -3,6 +3,7 @@
 use std::ops::Add;
 
 use super::super::buffer::Buffer;
+use super::bf16::{from_bf16, round_into, to_bf16};
 use super::{Place, Round, Schedule, Scratch, Split, WINDOW};
 
 /// Elements added at a time: all contributions of a block pass through the first-level cache.
@@ -104,15 +105,7 @@ impl Schedule for ReduceScatter {
                 // SAFETY: source and target are `range.len()` elements of the tensor and of the
                 // scratch memory, which are different allocations aligned for their types; the
                 // window rule says that no transfer uses this part of the scratch memory.
-                let (source, target) = unsafe {
-                    (
-                        std::slice::from_raw_parts(address.cast::<f32>(), range.len()),
-                        std::slice::from_raw_parts_mut(rounded.cast::<u16>(), range.len()),
-                    )
-                };
-                for (target, &source) in target.iter_mut().zip(source) {
-                    *target = to_bf16(source);
-                }
+                unsafe { round_into(address.cast::<f32>(), rounded.cast::<u16>(), range.len()) };
                 address = rounded;
             }
             messages.send(peer, address, range.len() * wire_bytes);
@@ -239,42 +232,5 @@ fn accumulate<E: Copy + Add<Output = E>, W: Copy>(
         sums.iter_mut()
             .zip(source)
             .for_each(|(sum, &x)| *sum = *sum + value(x));
-    }
-}
-
-/// Rounds to the nearest bf16, ties to even; NaN stays NaN (made quiet, so that cutting the low
-/// bits cannot turn it into infinity). Without branches, so that loops over it vectorise.
-fn to_bf16(value: f32) -> u16 {
-    let bits = value.to_bits();
-    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
-    let chosen = if value.is_nan() {
-        bits | 0x0040_0000
-    } else {
-        rounded
-    };
-    (chosen >> 16) as u16
-}
-
-fn from_bf16(bits: u16) -> f32 {
-    f32::from_bits(u32::from(bits) << 16)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn bf16_rounding_agrees_with_the_half_crate_on_every_exponent() {
-        for high in 0..=u16::MAX {
-            for low in [0u32, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
-                let value = f32::from_bits(u32::from(high) << 16 | low);
-                let expected = half::bf16::from_f32(value);
-                if value.is_nan() {
-                    assert!(from_bf16(to_bf16(value)).is_nan());
-                } else {
-                    assert_eq!(to_bf16(value), expected.to_bits(), "{value:e}");
-                }
-            }
-        }
     }
 }
