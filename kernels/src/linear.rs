@@ -152,7 +152,7 @@ pub fn backward_weight_by(
             return Ok(());
         }
     }
-    let rows = (SCRATCH / i).clamp(1, o);
+    let rows = scratch_rows(o, i);
     for start in (0..o).step_by(rows) {
         let (start, len) = (start as i64, rows.min(o - start));
         let scratch = workspace.take("linear.weight_gradient", &[len, i], kind)?;
@@ -165,6 +165,20 @@ pub fn backward_weight_by(
         cast::accumulate(&scratch, &mut target)?;
     }
     Ok(())
+}
+
+/// The most bytes of workspace that [`backward_weight`] takes for a weight `[o, i]` of `kind`.
+/// Where MKL adds by itself, none are taken.
+pub fn workspace_bytes(kind: Kind, [o, i]: [usize; 2]) -> usize {
+    if kind == Kind::Float || o * i == 0 {
+        return 0;
+    }
+    scratch_rows(o, i) * i * kind.elt_size_in_bytes()
+}
+
+/// Rows of a gradient `[o, i]` that are computed at a time where it is added in a second step.
+fn scratch_rows(o: usize, i: usize) -> usize {
+    (SCRATCH / i).clamp(1, o)
 }
 
 /// The dtype of a matrix that libtorch multiplies fast: fp32 or bf16.
@@ -278,6 +292,7 @@ mod tests {
         let mut workspace = Workspace::new(Device::Cpu);
         backward_weight_by(WeightGradient::OneDnn, &dy, &x, &mut dw, &mut workspace).unwrap();
         assert_eq!(workspace.bytes(), 2 * SCRATCH as u64);
+        assert_eq!(workspace_bytes(Kind::BFloat16, [27, 1 << 20]), 2 * SCRATCH);
         let expected = dy.to_kind(Kind::Float).tr().matmul(&x.to_kind(Kind::Float));
         assert_close("dw", &dw, &expected, 1e-2);
     }

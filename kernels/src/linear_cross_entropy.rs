@@ -97,6 +97,14 @@ pub fn logits(x: &Tensor, w: &Tensor, out: &mut Tensor) -> Result<(), Error> {
     linear::forward(x, w, out)
 }
 
+/// The most bytes of workspace that the op takes for `n` tokens over `v` rows of a head of `kind`
+/// and `h` columns, `chunk` tokens at a time and without losses per token.
+pub fn workspace_bytes(kind: Kind, n: usize, [v, h]: [usize; 2], chunk: usize) -> usize {
+    let losses = n * size_of::<f32>();
+    let logits = n.min(chunk) * v * kind.elt_size_in_bytes();
+    losses + logits + linear::workspace_bytes(kind, [v, h])
+}
+
 fn run(
     inputs: &Inputs<'_>,
     losses: Losses<'_>,

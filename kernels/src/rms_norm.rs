@@ -86,8 +86,7 @@ pub fn backward(
     workspace: &mut Workspace,
 ) -> Result<(), Error> {
     let [n, h] = sizes(BACKWARD, "x", x)?;
-    let rows = n.div_ceil(PARTIALS).max(1);
-    let blocks = n.div_ceil(rows);
+    let (rows, blocks) = partition(n);
     let mut partials = match dw {
         Some(_) => Some(workspace.take("rms_norm.partials", &[blocks, h], Kind::Float)?),
         None => None,
@@ -128,6 +127,18 @@ pub fn backward(
         }
         Ok(())
     }))
+}
+
+/// Bytes of workspace that [`backward`] takes for `n` rows of `h` elements.
+pub fn workspace_bytes(n: usize, h: usize) -> usize {
+    let (_, blocks) = partition(n);
+    blocks * h * size_of::<f32>()
+}
+
+/// Rows of a block with partial sums of its own, and the number of such blocks.
+fn partition(n: usize) -> (usize, usize) {
+    let rows = n.div_ceil(PARTIALS).max(1);
+    (rows, n.div_ceil(rows))
 }
 
 simd! {

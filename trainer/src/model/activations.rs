@@ -3,14 +3,14 @@
 //! All of them are allocated once for a micro-batch shape and reused by every micro-batch and step.
 //! A block keeps what its backward pass reads in storage of its own; everything else, and every
 //! gradient, is shared between the blocks, since only one block runs at a time. With recomputation
-//! a block keeps its input alone.
+//! a block keeps its input alone. `footprint` counts the bytes of all this without allocating it.
 
 use oxitron_kernels::{Error, Workspace};
 use tch::{Device, Kind, Tensor};
 
 use super::{
     ModelError, TorchContext,
-    program::{Program, Slot, SlotKind, SlotSpec},
+    program::{Program, Slot, SlotKind, SlotSpec, Storage},
 };
 
 /// The slots of one block, or their gradients.
@@ -95,8 +95,9 @@ impl Activations {
         // Storage shared by all blocks, and the one gradient per slot.
         let mut shared = Vec::new();
         let mut gradients = Vec::new();
-        for slot in &program.slots {
-            shared.push(for_slot(slot)?);
+        for (index, slot) in program.slots.iter().enumerate() {
+            let is_shared = program.storage(index, recompute) == Storage::Shared;
+            shared.push(is_shared.then(|| for_slot(slot)).transpose()?);
             gradients.push(match slot.kind {
                 SlotKind::Residual => residual_gradient.shallow_clone(),
                 SlotKind::Compute => allocate(slot.width, precision.compute)?,
@@ -111,14 +112,11 @@ impl Activations {
         for block in 0..blocks {
             let mut tensors = Vec::with_capacity(program.slots.len());
             for (index, slot) in program.slots.iter().enumerate() {
-                tensors.push(if index == program.input {
-                    stream[block].shallow_clone()
-                } else if index == program.output {
-                    stream[block + 1].shallow_clone()
-                } else if slot.kept && !recompute {
-                    for_slot(slot)?
-                } else {
-                    shared[index].shallow_clone()
+                tensors.push(match &shared[index] {
+                    Some(shared) => shared.shallow_clone(),
+                    None if index == program.input => stream[block].shallow_clone(),
+                    None if index == program.output => stream[block + 1].shallow_clone(),
+                    None => for_slot(slot)?,
                 });
             }
             block_slots.push(Slots(tensors));

@@ -12,6 +12,7 @@
 mod activations;
 mod batch;
 mod decoder;
+mod footprint;
 mod llama;
 mod op;
 mod program;
@@ -21,6 +22,7 @@ mod tests;
 pub use activations::Activations;
 pub use batch::Batch;
 pub use decoder::{Decoder, LayerGradients, LayerWeights, Loss, Objective};
+pub use footprint::{ActivationBytes, activation_bytes};
 pub use llama::{describe, tensor_names};
 pub use program::{Op, Program, Slot, SlotKind, SlotSpec};
 

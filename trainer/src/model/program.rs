@@ -97,21 +97,26 @@ pub struct Program {
     pub output: Slot,
 }
 
+/// Where the values of a slot lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Storage {
+    /// In the residual stream between two layers.
+    Stream,
+    /// In every block apart, until its backward pass.
+    Block,
+    /// In one place for all blocks, of which one runs at a time.
+    Shared,
+}
+
 impl Program {
-    /// Elements per token that a block keeps for its backward pass, by kind
-    /// (residual, compute, statistic).
-    pub fn kept_widths(&self) -> [usize; 3] {
-        let width = |kind| {
-            let of_kind = self
-                .slots
-                .iter()
-                .filter(|slot| slot.kept && slot.kind == kind);
-            of_kind.map(|slot| slot.width).sum()
-        };
-        [
-            width(SlotKind::Residual),
-            width(SlotKind::Compute),
-            width(SlotKind::Statistic),
-        ]
+    /// Where the values of `slot` lie, with or without recomputation.
+    pub(super) fn storage(&self, slot: Slot, recompute: bool) -> Storage {
+        if slot == self.input || slot == self.output {
+            Storage::Stream
+        } else if self.slots[slot].kept && !recompute {
+            Storage::Block
+        } else {
+            Storage::Shared
+        }
     }
 }

@@ -1,0 +1,162 @@
+//! Bytes of activations, counted without allocating any.
+//!
+//! The twin of [`Activations`](super::Activations): what is allocated there is counted here, and a
+//! test of the allocator holds the two together. On top come what operations take from the
+//! workspace and what libtorch's attention returns in fresh tensors.
+
+use oxitron_kernels::{linear, linear_cross_entropy, rms_norm};
+use tch::Kind;
+
+use super::{
+    activations::Precision,
+    decoder::kind,
+    llama,
+    program::{Op, Program, SlotKind, SlotSpec, Storage},
+};
+use crate::config::{Dtype, ModelConfig};
+
+const STATISTIC: usize = size_of::<f32>();
+
+/// Bytes that a rank needs to run a micro-batch through a model, apart from weights and gradients
+/// of weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ActivationBytes {
+    /// What blocks keep until their backward pass, and the residual stream between the layers.
+    pub kept: usize,
+    /// What one block at a time uses: values that are not kept, and gradients of values.
+    pub shared: usize,
+    /// Scratch of operations, the logits of a chunk of tokens among it.
+    pub workspace: usize,
+    /// Tensors that libtorch makes and frees inside an operation, at their largest.
+    pub temporary: usize,
+}
+
+impl ActivationBytes {
+    /// All of it.
+    pub fn total(&self) -> usize {
+        self.kept + self.shared + self.workspace + self.temporary
+    }
+}
+
+/// What micro-batches of `tokens` tokens need when `model` computes in `compute`, with or without
+/// recomputation. Proportional to `tokens`, apart from the workspace.
+pub fn activation_bytes(
+    model: &ModelConfig,
+    compute: Dtype,
+    tokens: usize,
+    recompute: bool,
+) -> ActivationBytes {
+    let count = Count {
+        program: llama::block_program(model),
+        precision: Precision {
+            compute: kind(compute),
+            residual: kind(model.residual_dtype),
+        },
+        tokens,
+    };
+    let (blocks, hidden) = (model.num_layers, model.hidden_size);
+    let stream = (blocks + 1) * count.values(hidden, count.precision.residual);
+    ActivationBytes {
+        kept: stream + blocks * count.slots(Storage::Block, recompute),
+        shared: count.slots(Storage::Shared, recompute)
+            + count.slot_gradients()
+            + count.values(hidden, count.precision.residual)
+            + 2 * count.values(hidden, count.precision.compute)
+            + tokens * STATISTIC,
+        workspace: count.workspace(hidden, model.vocab_size),
+        temporary: count.temporary(),
+    }
+}
+
+struct Count {
+    program: Program,
+    precision: Precision,
+    tokens: usize,
+}
+
+impl Count {
+    fn values(&self, width: usize, kind: Kind) -> usize {
+        self.tokens * width * kind.elt_size_in_bytes()
+    }
+
+    fn slot(&self, slot: &SlotSpec) -> usize {
+        match slot.kind {
+            SlotKind::Residual => self.values(slot.width, self.precision.residual),
+            SlotKind::Compute => self.values(slot.width, self.precision.compute),
+            SlotKind::Statistic => self.tokens * slot.width * STATISTIC,
+        }
+    }
+
+    /// The slots of a block that lie in `storage`.
+    fn slots(&self, storage: Storage, recompute: bool) -> usize {
+        let slots = self.program.slots.iter().enumerate();
+        slots
+            .filter(|&(index, _)| self.program.storage(index, recompute) == storage)
+            .map(|(_, slot)| self.slot(slot))
+            .sum()
+    }
+
+    /// One gradient for each slot of every block; that of the residual stream is counted apart.
+    fn slot_gradients(&self) -> usize {
+        let slots = self.program.slots.iter();
+        slots
+            .filter(|slot| slot.kind == SlotKind::Compute)
+            .map(|slot| self.slot(slot))
+            .sum()
+    }
+
+    /// Operations of one name share a buffer, so the largest request of each counts.
+    fn workspace(&self, hidden: usize, vocab_size: usize) -> usize {
+        let compute = self.precision.compute;
+        let chunk = linear_cross_entropy::DEFAULT_CHUNK;
+        let head_weight = [vocab_size, hidden];
+        let head = linear_cross_entropy::workspace_bytes(compute, self.tokens, head_weight, chunk);
+        let of_head = linear::workspace_bytes(compute, head_weight);
+        let width = |slot: usize| self.program.slots[slot].width;
+        let weights = self.program.ops.iter().filter_map(|op| match *op {
+            Op::Linear { x, y, .. } => Some([width(y), width(x)]),
+            _ => None,
+        });
+        let largest = weights
+            .map(|weight| linear::workspace_bytes(compute, weight))
+            .max();
+        let of_blocks = largest.unwrap_or(0).saturating_sub(of_head);
+        head + of_blocks + rms_norm::workspace_bytes(self.tokens, hidden)
+    }
+
+    /// Attention's backward pass returns the gradients of queries, keys and values in tensors of
+    /// its own: at most those of a whole micro-batch, when no document ends inside a sample.
+    fn temporary(&self) -> usize {
+        let attention = self.program.ops.iter().filter_map(|op| match *op {
+            Op::Attention { qkv, .. } => Some(self.slot(&self.program.slots[qkv])),
+            _ => None,
+        });
+        attention.max().unwrap_or(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::config::Config;
+
+    #[test]
+    fn recomputation_trades_what_blocks_keep_for_one_shared_block() {
+        let text = "[model]\npreset = \"llama-7b\"\n[data]\n[[data.source]]\nname = \"a\"\n\
+                    path = \"a\"\n[optimizer]\nlr = 1e-3\n[[stage]]\nname = \"s\"\nseq_len = 64\n\
+                    steps = 1\nbatch_tokens = 64\n";
+        let model = Config::from_text(text, "test", std::path::Path::new("/"), &[])
+            .unwrap()
+            .model;
+        let bytes = |recompute| activation_bytes(&model, Dtype::Bf16, 4096, recompute);
+        let (kept, again) = (bytes(false), bytes(true));
+        let stream = (model.num_layers + 1) * 4096 * model.hidden_size * 4;
+        assert_eq!(again.kept, stream);
+        let block = (kept.kept - stream) / model.num_layers;
+        assert_eq!(again.shared - kept.shared, block);
+        assert_eq!(again.workspace, kept.workspace);
+        assert!(again.total() < kept.total() / 3);
+    }
+}

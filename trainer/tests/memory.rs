@@ -1,0 +1,281 @@
+//! What the plan counts is what libtorch's allocator counts.
+//!
+//! Memory is counted for the whole process, so these checks have a process of their own and run
+//! one after the other. The ranks of a case are threads of it: their bytes are added up.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::convert::Infallible;
+use std::path::Path;
+use std::sync::Barrier;
+
+use oxitron_kernels::{RopeTable, Threads, adamw::AdamW, memory};
+use oxitron_trainer::comm::{Comm, Wire};
+use oxitron_trainer::config::{Config, Dtype, ModelConfig};
+use oxitron_trainer::model::{Activations, Batch, Decoder, Objective, activation_bytes, describe};
+use oxitron_trainer::plan::{
+    Action, Layout, ShardMap, StepShape, Units, emit_opening, emit_step, state_bytes,
+};
+use oxitron_trainer::zero::{Groups, InitialValues, Zero};
+use tch::Device;
+
+/// 3.0 million parameters.
+const MODEL: &str = r#"
+[model]
+vocab_size = 2048
+hidden_size = 256
+intermediate_size = 704
+num_layers = 3
+num_heads = 8
+num_kv_heads = 4
+[data]
+[[data.source]]
+name = "none"
+path = "none"
+[optimizer]
+lr = 1e-3
+[[stage]]
+name = "one"
+seq_len = 64
+steps = 1
+batch_tokens = 64
+"#;
+
+#[test]
+fn the_plan_counts_what_the_allocator_counts() {
+    memory::install().unwrap();
+    // Attention takes some hundred KiB for each thread, which the plan leaves out.
+    Threads::set(1).unwrap();
+    let config = Config::from_text(MODEL, "test.toml", Path::new("/"), &[]).unwrap();
+    for dtype in [Dtype::Fp32, Dtype::Bf16] {
+        for recompute in [false, true] {
+            activations(&config.model, dtype, recompute);
+        }
+    }
+    for stage in 0..=3 {
+        for (ranks, shard) in [(1, 1), (2, 2), (4, 4), (4, 2)] {
+            state(&config.model, Dtype::Fp32, stage, ranks, shard);
+        }
+        state(&config.model, Dtype::Bf16, stage, 2, 2);
+    }
+}
+
+/// Compares a measured number of bytes with the planned one.
+#[track_caller]
+fn compare(what: &str, measured: u64, planned: usize, tolerance: f64) {
+    let ratio = measured as f64 / planned as f64;
+    println!("{what}: measured {measured}, planned {planned}, ratio {ratio:.4}");
+    assert!((ratio - 1.0).abs() <= tolerance, "{what}: ratio {ratio}");
+}
+
+/// Buffers of a micro-batch, and the peak of a forward and backward pass.
+fn activations(model: &ModelConfig, dtype: Dtype, recompute: bool) {
+    const SAMPLES: usize = 4;
+    const SEQ_LEN: usize = 512;
+    let what = format!("activations, {dtype:?}, recompute {recompute}");
+    let units = units(model);
+    let decoder = Decoder::new(model, dtype);
+    let mut zero = Zero::solo(&units, decoder.compute_kind(), Device::Cpu).unwrap();
+    load(&mut zero);
+    let batch = batch(SAMPLES, SEQ_LEN, model.vocab_size);
+    let rope = RopeTable::new(1e4, model.head_dim, SEQ_LEN).unwrap();
+    let planned = activation_bytes(model, dtype, batch.token_count(), recompute);
+
+    let before = memory::stats().current_bytes;
+    memory::reset_peak();
+    let mut buffers = decoder
+        .activations(batch.token_count(), recompute, Device::Cpu)
+        .unwrap();
+    let built = memory::stats();
+    let allocated = planned.kept + planned.shared;
+    compare(&what, built.current_bytes - before, allocated, 0.01);
+    assert_eq!(built.peak_bytes, built.current_bytes, "{what}");
+
+    let map = ShardMap::new(&units, 1);
+    let actions = emit_step(&units, &map, &Layout::solo(), shape(1, recompute));
+    let mut walk = Walk {
+        decoder: &decoder,
+        rope: &rope,
+        batch: &batch,
+        activations: &mut buffers,
+        zero: &mut zero,
+    };
+    // The second pass finds the workspace as large as it gets.
+    for _ in 0..2 {
+        memory::reset_peak();
+        walk.step(&actions);
+    }
+    let after = memory::stats();
+    let live = planned.total() - planned.temporary;
+    compare(
+        &format!("{what}, with workspace"),
+        after.current_bytes - before,
+        live,
+        0.02,
+    );
+    compare(
+        &format!("{what}, peak"),
+        after.peak_bytes - before,
+        planned.total(),
+        0.02,
+    );
+}
+
+/// Weights, gradients and optimizer state of all ranks after some steps.
+fn state(model: &ModelConfig, dtype: Dtype, stage: u8, ranks: usize, shard: usize) {
+    let units = units(model);
+    let layout = Layout::new(stage, ranks, shard);
+    let map = ShardMap::new(&units, layout.mesh.shard);
+    let shape = shape(2, true);
+    let actions = emit_step(&units, &map, &layout, shape);
+    let weight_bytes = match dtype {
+        Dtype::Fp32 => 4,
+        Dtype::Bf16 => 2,
+    };
+    let planned = state_bytes(&units, &map, &layout, &actions, weight_bytes);
+
+    let barrier = Barrier::new(ranks);
+    let rank = |comm: Comm| {
+        Threads::set(1).unwrap();
+        let decoder = Decoder::new(model, dtype);
+        let groups = Groups::new(&comm, &layout.mesh).unwrap();
+        let dtypes = (decoder.compute_kind(), Wire::F32);
+        let mut zero = Zero::new(&units, &map, &layout, groups, dtypes, Device::Cpu).unwrap();
+        load(&mut zero);
+        let opening = emit_opening(&units, &map, &layout, shape);
+        let batch = batch(1, 16, model.vocab_size);
+        let rope = RopeTable::new(1e4, model.head_dim, 16).unwrap();
+        let mut buffers = decoder.activations(16, true, Device::Cpu).unwrap();
+        let mut walk = Walk {
+            decoder: &decoder,
+            rope: &rope,
+            batch: &batch,
+            activations: &mut buffers,
+            zero: &mut zero,
+        };
+        walk.step(&opening);
+        for _ in 0..2 {
+            walk.step(&actions);
+        }
+        barrier.wait();
+        let with = memory::stats().current_bytes;
+        barrier.wait();
+        drop(zero);
+        barrier.wait();
+        let without = memory::stats().current_bytes;
+        barrier.wait();
+        comm.finish().unwrap();
+        with - without
+    };
+    let freed: Vec<u64> = std::thread::scope(|scope| {
+        let comms = Comm::threads(ranks).unwrap();
+        let threads: Vec<_> = comms
+            .into_iter()
+            .map(|comm| scope.spawn(|| rank(comm)))
+            .collect();
+        let join = |thread: std::thread::ScopedJoinHandle<'_, u64>| thread.join().unwrap();
+        threads.into_iter().map(join).collect()
+    });
+    let (replicas, shard) = (layout.mesh.replicate, layout.mesh.shard);
+    let what = format!("state, stage {stage}, {dtype:?}, {replicas} groups of {shard}");
+    compare(&what, freed[0] / ranks as u64, planned.total(), 0.05);
+}
+
+fn units(model: &ModelConfig) -> Units {
+    describe(model, |_| true, |_| true).unwrap()
+}
+
+fn shape(accumulation: usize, recompute: bool) -> StepShape {
+    StepShape {
+        accumulation,
+        overlap: true,
+        recompute,
+        prefetch_units: 1,
+    }
+}
+
+fn load(zero: &mut Zero) {
+    let values = InitialValues { seed: 1 };
+    let read = |spec: &_, state, range, out: &mut [f32]| {
+        values.read(spec, state, range, out);
+        Ok::<_, Infallible>(())
+    };
+    zero.load(read).unwrap();
+}
+
+/// Samples of one document each.
+fn batch(samples: usize, seq_len: usize, vocab_size: usize) -> Batch {
+    let tokens: Vec<i64> = (0..samples * seq_len)
+        .map(|index| (index * 7919 % vocab_size) as i64)
+        .collect();
+    Batch::new(
+        &tokens,
+        &tokens,
+        &vec![vec![0]; samples],
+        seq_len,
+        Device::Cpu,
+    )
+    .unwrap()
+}
+
+/// What the actions of a step work on; every micro-batch is the same.
+struct Walk<'a> {
+    decoder: &'a Decoder,
+    rope: &'a RopeTable,
+    batch: &'a Batch,
+    activations: &'a mut Activations,
+    zero: &'a mut Zero,
+}
+
+impl Walk<'_> {
+    fn step(&mut self, actions: &[Action]) {
+        let Self {
+            decoder,
+            rope,
+            batch,
+            activations,
+            zero,
+        } = self;
+        let last = decoder.layers() - 1;
+        let adamw = AdamW {
+            lr: 1e-3,
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            weight_decay: 0.1,
+            grad_scale: 1e-3,
+            step: 1,
+        };
+        for &action in actions {
+            match action {
+                Action::Forward { layer, .. } if layer == last => {
+                    let weights = zero.weights(layer).unwrap();
+                    let mut gradients = zero.gradients(layer).unwrap();
+                    let objective = Objective::LossAndGradient {
+                        gradients: &mut gradients,
+                    };
+                    decoder
+                        .head(&weights, batch, activations, objective)
+                        .unwrap();
+                }
+                Action::Forward { layer, .. } | Action::Recompute { layer, .. } => {
+                    let weights = zero.weights(layer).unwrap();
+                    decoder
+                        .forward(layer, &weights, batch, rope, activations)
+                        .unwrap();
+                }
+                Action::Backward { layer, .. } => {
+                    let weights = zero.weights(layer).unwrap();
+                    let mut gradients = zero.gradients(layer).unwrap();
+                    decoder
+                        .backward(layer, &weights, &mut gradients, batch, rope, activations)
+                        .unwrap();
+                }
+                Action::Exchange(exchange) => zero.exchange(exchange).unwrap(),
+                Action::Norm { piece } => drop(zero.sum_of_squares(piece).unwrap()),
+                Action::Update { piece } => zero.update(piece, &adamw).unwrap(),
+                Action::Evaluate { .. } | Action::Control => {}
+            }
+        }
+    }
+}
