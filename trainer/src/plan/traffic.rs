@@ -9,16 +9,20 @@ use super::shards::ShardMap;
 pub struct WireBytes {
     /// Of a weight: the compute dtype.
     pub weight: usize,
-    /// Of a gradient: `grad_reduce_dtype`.
+    /// Of a gradient on its way into slices: `grad_reduce_dtype`. Between replicas the sums of the
+    /// slices travel as fp32.
     pub gradient: usize,
 }
+
+/// Bytes of an element of a slice that is summed over the replicas.
+const REPLICATED: usize = 4;
 
 /// Bytes that one rank sends in a step, by lane.
 ///
 /// With P parameters in shard groups of S with R replicas, a micro-batches where gradients are held
 /// as slices (else a = 1) and g gathers of each weight (1; about 2a where weights are held as
 /// slices) these are (S-1)/S · P · a · gradient, (S-1)/S · P · g · weight and
-/// 2(R-1)/R · P/S · gradient.
+/// 2(R-1)/R · P/S · 4.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StepTraffic {
     /// Reduce-scatters in the shard group.
@@ -27,9 +31,11 @@ pub struct StepTraffic {
     pub gather: usize,
     /// All-reduces in the replica group.
     pub replicate: usize,
-    /// Of the gradients above, those that are complete only when nothing is left to compute: what
-    /// no schedule can hide behind the backward pass.
-    pub floor: usize,
+    /// Of the reduce-scatters, those of gradients that are complete only when nothing is left to
+    /// compute: what no schedule can hide behind the backward pass.
+    pub floor_reduce: usize,
+    /// The same of the all-reduces.
+    pub floor_replicate: usize,
 }
 
 impl StepTraffic {
@@ -41,6 +47,11 @@ impl StepTraffic {
     /// All of it.
     pub fn total(&self) -> usize {
         self.shard_lane() + self.replicate
+    }
+
+    /// What no schedule can hide behind the backward pass.
+    pub fn floor(&self) -> usize {
+        self.floor_reduce + self.floor_replicate
     }
 }
 
@@ -64,27 +75,28 @@ pub fn step_traffic(
         let Action::Exchange(exchange) = *action else {
             continue;
         };
-        let gradient = match exchange {
+        let exposed = index > last_compute;
+        match exchange {
             Exchange::Gather { piece } => {
                 traffic.gather += map.slice(piece, 0).len() * (shard - 1) * wire.weight;
-                continue;
             }
             Exchange::Reduce { piece, .. } => {
                 let bytes = map.slice(piece, 0).len() * (shard - 1) * wire.gradient;
                 traffic.reduce += bytes;
-                bytes
+                if exposed {
+                    traffic.floor_reduce += bytes;
+                }
             }
             Exchange::Replicate { piece } => {
                 // Sent once to be summed and once as the sum.
                 let slice = map.slice(piece, 0).len();
-                let bytes = 2 * slice * (replicate - 1) / replicate * wire.gradient;
+                let bytes = 2 * slice * (replicate - 1) / replicate * REPLICATED;
                 traffic.replicate += bytes;
-                bytes
+                if exposed {
+                    traffic.floor_replicate += bytes;
+                }
             }
-            _ => continue,
-        };
-        if index > last_compute {
-            traffic.floor += gradient;
+            _ => {}
         }
     }
     traffic

@@ -12,6 +12,18 @@ use crate::comm::Lane;
 use crate::model::Loss;
 use crate::zero::CommClock;
 
+/// Numbers in the sum, fp64 each.
+const VALUES: usize = 4;
+
+/// The most bytes that one of `ranks` ranks sends for the sum: it adds up a slice of the numbers
+/// and sends that to all others, who do the same with theirs.
+pub(super) fn control_bytes(ranks: usize) -> usize {
+    let slice = VALUES.div_ceil(ranks);
+    let to_be_summed = VALUES - slice;
+    let summed = slice * (ranks - 1);
+    (to_be_summed + summed) * size_of::<f64>()
+}
+
 /// What a rank brings to the agreement.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct Contribution {
@@ -76,16 +88,13 @@ pub(super) fn agree(
     mine: Contribution,
     clock: &mut CommClock,
 ) -> Result<Agreement, RunError> {
-    let sums = sum(
-        lane,
-        &[
-            mine.loss.sum,
-            mine.loss.targets as f64,
-            mine.gradient.sum,
-            f64::from(u8::from(mine.stop_requested)),
-        ],
-        clock,
-    )?;
+    let mine: [f64; VALUES] = [
+        mine.loss.sum,
+        mine.loss.targets as f64,
+        mine.gradient.sum,
+        f64::from(u8::from(mine.stop_requested)),
+    ];
+    let sums = sum(lane, &mine, clock)?;
     let targets = sums[1] as u64;
     Ok(Agreement {
         loss: Loss {

@@ -14,6 +14,7 @@
 mod control;
 mod error;
 mod feed;
+mod figures;
 mod folder;
 mod open;
 mod origin;
@@ -31,5 +32,6 @@ mod validate;
 mod tests;
 
 pub use error::RunError;
-pub use plan::RunPlan;
+pub use figures::{StageFigures, check_memory};
+pub use plan::{RunPlan, dtype_of_this_machine};
 pub use trainer::{Options, Outcome, train};

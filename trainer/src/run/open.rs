@@ -4,20 +4,21 @@ use std::ops::Range;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use oxitron_data::{Dataset, DatasetSpec, SourceSpec};
-use oxitron_kernels::{Threads, cpu_prefers_bf16, memory};
+use oxitron_kernels::{Threads, memory};
 use tch::Device;
 
 use super::{
     RunError, control,
     folder::RunFolder,
     origin::Origin,
-    plan::{RunPlan, wire},
+    plan::{RunPlan, dtype_of_this_machine, wire},
     progress::Progress,
     ranks::Ranks,
     trainer::{Options, Trainer, dtype_name},
 };
 use crate::comm::Comm;
 use crate::config::{Config, Dtype, ShardSize, SourceConfig};
+use crate::metrics::units::{bytes, grouped};
 use crate::metrics::{self, Event, MetricsWriter};
 use crate::model::Decoder;
 use crate::plan::Action;
@@ -143,15 +144,31 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    /// Says where the run begins.
+    /// Says what the run is, what it needs, and where it begins.
     fn announce(&mut self, origin: &Origin) -> Result<(), RunError> {
-        let optimizer_bytes = self.zero.optimizer_bytes() as f64;
+        let last = self.config.stages.len() - 1;
+        let stage = self.progress.stage.min(last);
+        let figures = self.plan.figures(self.config, stage, self.dtype);
+        let (mesh, traffic) = (&self.plan.layout.mesh, &figures.traffic);
+        let shown = |count: usize| bytes(count as u64);
         tracing::info!(
-            "{} parameters, {} on {} ranks; optimizer state {:.1} MB on this rank",
-            self.plan.units.parameters(),
+            "{} parameters, {} on {} ranks: zero_stage {}, {} shard groups of {}",
+            grouped(self.plan.units.parameters() as u64),
             dtype_name(self.dtype),
             self.ranks.ranks,
-            optimizer_bytes / 1e6,
+            self.config.parallel.zero_stage,
+            mesh.replicate,
+            mesh.shard,
+        );
+        tracing::info!(
+            "a rank holds {} of state and {} of activations, and sends {} per step (reduce {}, \
+             gather {}, replicate {})",
+            shown(figures.state.total()),
+            shown(figures.activations.total()),
+            shown(figures.sent()),
+            shown(traffic.reduce),
+            shown(traffic.gather),
+            shown(traffic.replicate),
         );
         let event = match origin {
             Origin::Resume(checkpoint) => {
@@ -220,13 +237,9 @@ fn choose_dtype(config: &Config, ranks: &Ranks, origin: &Origin) -> Result<Dtype
             Some("bf16") => Dtype::Bf16,
             Some(_) => Dtype::Fp32,
             None => {
-                let preference = cpu_prefers_bf16();
-                tracing::info!("dtype auto: {}", preference.reason);
-                if preference.prefer {
-                    Dtype::Bf16
-                } else {
-                    Dtype::Fp32
-                }
+                let (dtype, reason) = dtype_of_this_machine();
+                tracing::info!("dtype auto: {reason}");
+                dtype
             }
         };
         Ok([u64::from(config.model.dtype.resolve(choose) == Dtype::Bf16)])

@@ -1,5 +1,7 @@
 //! The plan of a run: what it will hold, send and do, from its configuration alone.
 
+use oxitron_kernels::cpu_prefers_bf16;
+
 use super::RunError;
 use crate::comm::Wire;
 use crate::config::{Config, Dtype, Recompute};
@@ -86,6 +88,17 @@ impl RunPlan {
         };
         step_traffic(&self.map, &self.layout, &self.step(stage), wire)
     }
+}
+
+/// What `dtype = "auto"` means on this machine, and why.
+pub fn dtype_of_this_machine() -> (Dtype, String) {
+    let preference = cpu_prefers_bf16();
+    let dtype = if preference.prefer {
+        Dtype::Bf16
+    } else {
+        Dtype::Fp32
+    };
+    (dtype, preference.reason)
 }
 
 fn bytes_of(dtype: Dtype) -> usize {

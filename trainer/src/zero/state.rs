@@ -253,12 +253,4 @@ impl Zero {
         let Piece { unit, position, .. } = self.map.pieces()[piece];
         self.units[unit].clear_gradients(position, &mut self.clock)
     }
-
-    /// Bytes of fp32 optimizer state (master weights and two moments) on this rank.
-    pub fn optimizer_bytes(&self) -> usize {
-        let bytes = |tensor: &Tensor| tensor.numel() * 4;
-        let of_unit =
-            |unit: &UnitState| bytes(&unit.master) + bytes(&unit.exp_avg) + bytes(&unit.exp_avg_sq);
-        self.units.iter().map(of_unit).sum()
-    }
 }
