@@ -10,6 +10,7 @@ mod exit;
 mod generate;
 mod inspect;
 mod launch;
+mod plan;
 mod progress;
 mod ranks;
 mod report;
@@ -35,6 +36,7 @@ enum Command {
     /// Make token shards from text, and look at them
     #[command(subcommand)]
     Data(data::DataCommand),
+    Plan(plan::PlanArgs),
     Convert(convert::Args),
     Inspect(inspect::Args),
     Generate(generate::GenerateArgs),
@@ -47,6 +49,7 @@ fn main() -> ExitCode {
         Command::Train(args) => train::run(&args),
         Command::Launch(args) => launch::run(&args),
         Command::Data(command) => data::run(command).map(done),
+        Command::Plan(args) => plan::run(&args).map(done),
         Command::Convert(args) => convert::run(args).map(done),
         Command::Inspect(args) => inspect::run(args).map(done),
         Command::Generate(args) => generate::run(&args).map(done),

@@ -1,0 +1,244 @@
+//! `oxitron plan`: figures that can be computed by hand, the order of a step, and what is refused.
+
+#![allow(clippy::unwrap_used)]
+
+#[path = "support/mod.rs"]
+mod support;
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::{Value, json};
+use support::{Fixture, ONE_STAGE, Output, TWO_STAGES, run};
+
+fn plan(config: &Path, more: &[&str]) -> Output {
+    let mut args = vec!["plan", config.to_str().unwrap()];
+    args.extend(more);
+    run(&args)
+}
+
+fn json_of(config: &Path, more: &[&str]) -> Value {
+    let output = plan(config, &[&["--json"], more].concat()).done();
+    serde_json::from_str(&output.stdout).unwrap()
+}
+
+#[track_caller]
+fn expect(found: &Value, figures: &[(&str, Value)]) {
+    for (key, value) in figures {
+        assert_eq!(&found[key], value, "{key}");
+    }
+}
+
+/// Elements of all units, each matrix padded to 128: embedding and head of 512 · 64, two blocks of
+/// 128 + 128 · 64 + 64 · 64 + 128 + 352 · 64 + 64 · 176, and the final norm.
+const PADDED: usize = 2 * 32_768 + 2 * 46_336 + 128;
+
+#[test]
+fn two_shard_groups_of_two_hold_and_send_what_the_formulas_say() {
+    let fixture = Fixture::without_data();
+    let config = fixture.config(ONE_STAGE);
+    let hybrid = ["--ranks", "4", "--set", "parallel.shard_size=2"];
+    let found = json_of(&config, &hybrid);
+    expect(
+        &found,
+        &[
+            ("ranks", json!(4)),
+            ("parameters", json!(158_016)),
+            ("dtype", json!("fp32")),
+            ("shard_groups", json!(2)),
+            ("first_shard_group", json!([0, 1])),
+            ("replica_groups", json!(2)),
+            ("first_replica_group", json!([0, 2])),
+            // The embedding: half of it to be summed in the group, the same between the groups.
+            ("floor_bytes", json!(2 * 32_768 / 2 * 4)),
+            ("memory_bytes", Value::Null),
+        ],
+    );
+    // Elements per token: what a block keeps of activations, the residual stream and statistics.
+    let (kept, statistics, hidden) = (64 + 128 + 64 + 64 + 352 + 176, 1 + 4 + 1, 64);
+    let block = kept + hidden + statistics;
+    let gradients = kept + 2 * hidden + hidden;
+    let shared = 2 * hidden + gradients + 2 * hidden + 1;
+    let workspace = 64 + 64 * 512 + 64 * 64;
+    let attention = 64 * 128;
+    let without = 4 * (64 * (3 * hidden + 2 * block + shared) + workspace + attention);
+    let with = 4 * (64 * (3 * hidden + block + shared) + workspace + attention);
+    expect(
+        &found["stages"][0],
+        &[
+            ("accumulation", json!(1)),
+            ("micro_batch_tokens", json!(64)),
+            ("weights_bytes", json!(PADDED * 4)),
+            ("gradients_bytes", json!(PADDED * 4)),
+            ("master_bytes", json!(PADDED / 2 * 4)),
+            ("moments_bytes", json!(PADDED / 2 * 8)),
+            ("buffers_bytes", json!(0)),
+            ("activations_bytes", json!(without)),
+            ("activations_without_recompute_bytes", json!(without)),
+            ("activations_with_recompute_bytes", json!(with)),
+            ("reduce_bytes", json!(PADDED / 2 * 4)),
+            ("gather_bytes", json!(PADDED / 2 * 4)),
+            ("replicate_bytes", json!(PADDED / 2 * 4)),
+            // One of four numbers is summed here: three sent to be summed, the sum sent to three.
+            ("control_bytes", json!(6 * 8)),
+            ("fits", Value::Null),
+            ("floor_seconds", Value::Null),
+        ],
+    );
+    // Sums between groups travel as fp32 whatever gradients travel as inside them.
+    let bf16 = ["--set", "parallel.grad_reduce_dtype=bf16"];
+    let found = json_of(&config, &[&hybrid[..], &bf16].concat());
+    expect(
+        &found["stages"][0],
+        &[
+            ("reduce_bytes", json!(PADDED / 2 * 2)),
+            ("replicate_bytes", json!(PADDED / 2 * 4)),
+        ],
+    );
+    assert_eq!(fixture.files(), ["config.toml"]);
+}
+
+#[test]
+fn a_cluster_gives_memory_and_times() {
+    let fixture = Fixture::without_data();
+    let config = fixture.config(TWO_STAGES);
+    let cluster = fixture.text("cluster.toml");
+    fs::write(
+        &cluster,
+        "name = \"pair\"\nranks_per_node = 2\nmemory = \"64MiB\"\n\
+         bytes_per_second_in_node = 1e6\nbytes_per_second_between_nodes = 1e5\n",
+    )
+    .unwrap();
+    let batch = "stage.1.batch_tokens=512";
+    let args = ["--ranks", "4", "--cluster", &cluster, "--set", batch];
+    let found = json_of(
+        &config,
+        &[&args[..], &["--set", "parallel.shard_size=node"]].concat(),
+    );
+    assert_eq!(found["ranks_per_node"], 2);
+    assert_eq!(found["stages"].as_array().unwrap().len(), 2);
+    let stage = &found["stages"][0];
+    let floor = 65_536.0 / 1e6 + 65_536.0 / 1e5;
+    assert!((stage["floor_seconds"].as_f64().unwrap() - floor).abs() < 1e-9);
+    // One sample is all that a rank has to compute in a step.
+    assert_eq!(stage["largest_micro_batch_without_recompute"], 1);
+    assert_eq!(stage["fits"], true);
+    let alone = json_of(&config, &["--cluster", &cluster, "--memory", "5MiB"]);
+    let stage = &alone["stages"][0];
+    let largest = |key: &str| stage[key].as_u64().unwrap();
+    let (without, with) = (
+        largest("largest_micro_batch_without_recompute"),
+        largest("largest_micro_batch_with_recompute"),
+    );
+    assert!(1 <= without && without <= with && with <= 4, "{stage}");
+    let set = format!("stage.0.micro_batch={without}");
+    let fitting = json_of(&config, &["--memory", "5MiB", "--set", &set]);
+    assert_eq!(fitting["stages"][0]["fits"], true);
+}
+
+#[test]
+fn a_step_is_printed_in_order() {
+    let fixture = Fixture::without_data();
+    let config = fixture.config(ONE_STAGE);
+    let hybrid = [
+        "--ranks",
+        "4",
+        "--set",
+        "parallel.shard_size=2",
+        "--memory",
+        "1GiB",
+    ];
+    let short = plan(&config, &hybrid).done().stdout;
+    for phrase in [
+        "shard     2 groups of 2, the first ranks 0-1",
+        "replica   2 groups of 2, the first ranks 0, 2",
+        "158,016 parameters in fp32",
+        "a step of stage \"short\": 4 forward, 4 backward, 5 reduce, 5 replicate, 5 norm, 1 control, \
+         5 update, 5 gather",
+        "  backward, reduce, replicate: block.1 … embedding, micro-batch 0\n",
+        "  norm: norm … embedding\n  control\n  update, gather: embedding … head\n",
+    ] {
+        assert!(short.contains(phrase), "{phrase:?} is not in\n{short}");
+    }
+    let long = plan(&config, &[&hybrid[..], &["--actions"]].concat())
+        .done()
+        .stdout;
+    let mut rest = long.as_str();
+    for line in [
+        "before the first step:\n",
+        "  gather     embedding\n",
+        "a step of stage",
+        "  forward    block.1, micro-batch 0\n",
+        "  backward   block.1, micro-batch 0\n  reduce     block.1\n  replicate  block.1\n",
+        "  backward   embedding, micro-batch 0\n  reduce     embedding\n",
+        "  norm       embedding\n  control\n  update     embedding\n  gather     embedding\n",
+    ] {
+        let at = rest.find(line);
+        assert!(at.is_some(), "{line:?} does not follow in\n{long}");
+        rest = &rest[at.unwrap_or(0) + line.len()..];
+    }
+    let sharded = [
+        "--ranks",
+        "2",
+        "--set",
+        "parallel.zero_stage=3",
+        "--actions",
+    ];
+    let found = json_of(&config, &sharded);
+    let first = json!({"action": "hold", "of": "embedding", "remark": "weights"});
+    assert_eq!(found["opening_actions"][0], first);
+    assert!(found["stages"][0]["buffers_bytes"].as_u64().unwrap() > 0);
+    let counts = &found["stages"][0]["action_counts"];
+    assert_eq!(counts["hold"], counts["drop"]);
+}
+
+#[test]
+fn what_cannot_run_is_refused() {
+    let fixture = Fixture::without_data();
+    let config = fixture.config(ONE_STAGE);
+    plan(&config, &["--ranks", "5"]).refused(
+        2,
+        &[
+            "holds 4 samples of 64 tokens",
+            "start at most 4 ranks",
+            "context parallelism over 2",
+        ],
+    );
+    plan(&config, &["--ranks", "4", "--set", "parallel.shard_size=3"]).refused(
+        2,
+        &[
+            "it must divide the number of all ranks (4)",
+            "use one of 1, 2, 4",
+        ],
+    );
+    plan(
+        &config,
+        &[
+            "--ranks",
+            "4",
+            "--ranks-per-node",
+            "3",
+            "--set",
+            "parallel.shard_size=node",
+        ],
+    )
+    .refused(2, &["which has 3 ranks here"]);
+    plan(&config, &["--memory", "3MiB"]).refused(
+        2,
+        &[
+            "stage \"short\": a rank needs ",
+            "even with micro_batch = 1 and recompute = \"full\", and has 3.00 MiB",
+            "what would fit: 2 ranks (",
+        ],
+    );
+    let deep = ["--set", "model.num_layers=12", "--memory", "9MiB"];
+    plan(&config, &[&["--ranks", "2"], &deep[..]].concat())
+        .refused(2, &["what would fit: zero_stage = 2 (", "4 ranks ("]);
+    plan(&config, &["--memory", "1MiB"]).refused(2, &["it takes more memory or a smaller model"]);
+    plan(&config, &["--memory", "24G"]).refused(2, &["`24G` is no size of memory", "24GiB"]);
+    let cluster = fixture.text("cluster.toml");
+    plan(&config, &["--cluster", &cluster]).refused(2, &[&cluster, "No such file"]);
+    fs::write(&cluster, "nodes = 3\n").unwrap();
+    plan(&config, &["--cluster", &cluster]).refused(2, &["unknown field `nodes`", "line 1"]);
+    plan(&config, &["--set", "parallel.zero_stge=1"]).refused(2, &["did you mean `zero_stage`?"]);
+}
