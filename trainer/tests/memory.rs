@@ -161,10 +161,11 @@ fn state(model: &ModelConfig, dtype: Dtype, stage: u8, ranks: usize, shard: usiz
         let with = memory::stats().current_bytes;
         barrier.wait();
         drop(zero);
+        // The last gathers may still be under way; until they end their memory stays.
+        comm.finish().unwrap();
         barrier.wait();
         let without = memory::stats().current_bytes;
         barrier.wait();
-        comm.finish().unwrap();
         with - without
     };
     let freed: Vec<u64> = std::thread::scope(|scope| {
@@ -178,7 +179,7 @@ fn state(model: &ModelConfig, dtype: Dtype, stage: u8, ranks: usize, shard: usiz
     });
     let (replicas, shard) = (layout.mesh.replicate, layout.mesh.shard);
     let what = format!("state, stage {stage}, {dtype:?}, {replicas} groups of {shard}");
-    compare(&what, freed[0] / ranks as u64, planned.total(), 0.05);
+    compare(&what, freed[0] / ranks as u64, planned.total(), 0.01);
 }
 
 fn units(model: &ModelConfig) -> Units {
