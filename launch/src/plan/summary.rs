@@ -3,7 +3,7 @@
 //! The list is folded three times. Neighbouring actions on one layer or unit become one entry
 //! (`recompute, backward, reduce: block.3`); entries that repeat layer by layer become one
 //! (`block.23 … block.0`); and those that repeat micro-batch by micro-batch become one
-//! (`micro-batches 0 … 6`).
+//! (`micro-batches 0 … 6`). A bracket joins entries that take turns.
 
 use super::actions::Line;
 
@@ -18,6 +18,15 @@ struct Entry {
     last: String,
     /// First and last.
     micro_batches: Option<(usize, usize)>,
+    /// Of the micro-batches and of the layers that repeat: blanks where nothing takes turns.
+    brackets: [char; 2],
+}
+
+/// Which bracket a fold draws.
+#[derive(Clone, Copy)]
+enum Level {
+    MicroBatch,
+    Layer,
 }
 
 /// The step as lines.
@@ -34,7 +43,7 @@ pub fn summary(lines: &[Line]) -> Vec<String> {
     };
     let by_layer = |first: &mut Entry, again: &Entry| first.last.clone_from(&again.last);
     // Layers repeat in cycles of few entries; micro-batches in cycles of what that leaves.
-    let entries = fold(entries, LONGEST_CYCLE, &alike, by_layer);
+    let entries = fold(entries, LONGEST_CYCLE, Level::Layer, &alike, by_layer);
     let next = |a: &Entry, b: &Entry| {
         let follows = match (a.micro_batches, b.micro_batches) {
             (Some((_, last)), Some((first, _))) => first == last + 1,
@@ -43,12 +52,31 @@ pub fn summary(lines: &[Line]) -> Vec<String> {
         follows && a.verbs == b.verbs && (&a.first, &a.last) == (&b.first, &b.last)
     };
     let longest = entries.len();
-    let entries = fold(entries, longest, &next, |first, again| {
-        if let (Some((_, last)), Some((_, new))) = (&mut first.micro_batches, again.micro_batches) {
-            *last = new;
+    let entries = fold(
+        entries,
+        longest,
+        Level::MicroBatch,
+        &next,
+        |first, again| {
+            if let (Some((_, last)), Some((_, new))) =
+                (&mut first.micro_batches, again.micro_batches)
+            {
+                *last = new;
+            }
+        },
+    );
+    let drawn: Vec<usize> = [Level::MicroBatch as usize, Level::Layer as usize]
+        .into_iter()
+        .filter(|&level| entries.iter().any(|entry| entry.brackets[level] != ' '))
+        .collect();
+    let line = |entry: &Entry| {
+        let mut line: String = drawn.iter().map(|&level| entry.brackets[level]).collect();
+        if !line.is_empty() {
+            line.push(' ');
         }
-    });
-    entries.iter().map(Entry::text).collect()
+        line + &entry.text()
+    };
+    entries.iter().map(line).collect()
 }
 
 /// Merges cycles of up to `longest` entries, each of which is `alike` the one that many places
@@ -56,6 +84,7 @@ pub fn summary(lines: &[Line]) -> Vec<String> {
 fn fold(
     entries: Vec<Entry>,
     longest: usize,
+    level: Level,
     alike: &dyn Fn(&Entry, &Entry) -> bool,
     merge: impl Fn(&mut Entry, &Entry),
 ) -> Vec<Entry> {
@@ -77,6 +106,13 @@ fn fold(
         let mut cycle = entries[at..at + period].to_vec();
         for index in at + period..at + covered {
             merge(&mut cycle[(index - at) % period], &entries[index]);
+        }
+        if let [first, between @ .., last] = &mut cycle[..] {
+            first.brackets[level as usize] = '┌';
+            for entry in between {
+                entry.brackets[level as usize] = '│';
+            }
+            last.brackets[level as usize] = '└';
         }
         folded.append(&mut cycle);
         at += covered;
@@ -101,6 +137,7 @@ impl Entry {
             first: object.clone(),
             last: object,
             micro_batches: line.micro_batch.map(|index| (index, index)),
+            brackets: [' '; 2],
         }
     }
 
@@ -176,14 +213,14 @@ mod tests {
         assert_eq!(
             summary(&lines(&step)),
             [
-                "forward: embedding … block.1, micro-batches 0 … 2",
-                "forward, backward: head, micro-batches 0 … 2",
-                "backward: block.1 … embedding, micro-batches 0 … 2",
-                "forward: embedding … block.1, micro-batch 3",
-                "forward, backward, reduce: head, micro-batch 3",
-                "backward, reduce: block.1 … embedding, micro-batch 3",
-                "control",
-                "update, gather: head",
+                "┌ forward: embedding … block.1, micro-batches 0 … 2",
+                "│ forward, backward: head, micro-batches 0 … 2",
+                "└ backward: block.1 … embedding, micro-batches 0 … 2",
+                "  forward: embedding … block.1, micro-batch 3",
+                "  forward, backward, reduce: head, micro-batch 3",
+                "  backward, reduce: block.1 … embedding, micro-batch 3",
+                "  control",
+                "  update, gather: head",
             ]
         );
     }

@@ -315,6 +315,19 @@ fn notes(report: &Report) -> String {
     if report.plan.layout.weights == Holding::Slices {
         text += " g: gathers of each unit, about 2 a.";
     }
+    let frozen: usize = {
+        let tensors = report.plan.units.tensors();
+        tensors
+            .filter(|tensor| !tensor.trainable)
+            .map(|tensor| tensor.len())
+            .sum()
+    };
+    if frozen > 0 {
+        text += &format!(
+            " {} of them are frozen: only their\nweights are held, and travel with zero_stage 3 alone.",
+            grouped(frozen as u64)
+        );
+    }
     text += "\nNot counted: the program and its libraries, the lanes' chunks under way, checkpoints \
              being written.\n";
     for (stage, config) in report.stages.iter().zip(&report.config.stages) {
