@@ -9,20 +9,16 @@ use super::shards::ShardMap;
 pub struct WireBytes {
     /// Of a weight: the compute dtype.
     pub weight: usize,
-    /// Of a gradient on its way into slices: `grad_reduce_dtype`. Between replicas the sums of the
-    /// slices travel as fp32.
+    /// Of a gradient, into slices and between replicas: `grad_reduce_dtype`.
     pub gradient: usize,
 }
-
-/// Bytes of an element of a slice that is summed over the replicas.
-const REPLICATED: usize = 4;
 
 /// Bytes that one rank sends in a step, by lane.
 ///
 /// With P parameters in shard groups of S with R replicas, a micro-batches where gradients are held
 /// as slices (else a = 1) and g gathers of each weight (1; about 2a where weights are held as
 /// slices) these are (S-1)/S · P · a · gradient, (S-1)/S · P · g · weight and
-/// 2(R-1)/R · P/S · 4.
+/// 2(R-1)/R · P/S · gradient.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StepTraffic {
     /// Reduce-scatters in the shard group.
@@ -90,7 +86,7 @@ pub fn step_traffic(
             Exchange::Replicate { piece } => {
                 // Sent once to be summed and once as the sum.
                 let slice = map.slice(piece, 0).len();
-                let bytes = 2 * slice * (replicate - 1) / replicate * REPLICATED;
+                let bytes = 2 * slice * (replicate - 1) / replicate * wire.gradient;
                 traffic.replicate += bytes;
                 if exposed {
                     traffic.floor_replicate += bytes;
