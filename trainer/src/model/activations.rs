@@ -9,7 +9,7 @@ use oxitron_kernels::{Error, Workspace};
 use tch::{Device, Kind, Tensor};
 
 use super::{
-    ModelError, TorchContext,
+    ModelError, Stopwatch, TorchContext,
     program::{Program, Slot, SlotKind, SlotSpec, Storage},
 };
 
@@ -61,6 +61,8 @@ pub struct Activations {
     pub(super) rstd: Tensor,
     pub(super) workspace: Workspace,
     pub(super) tokens: usize,
+    /// When each operation ran.
+    pub stopwatch: Stopwatch,
 }
 
 impl Activations {
@@ -131,6 +133,7 @@ impl Activations {
             rstd: statistic(1)?,
             workspace: Workspace::new(device),
             tokens,
+            stopwatch: Stopwatch::default(),
         })
     }
 }

@@ -4,7 +4,7 @@ use oxitron_kernels::{RopeTable, cast, embedding, linear_cross_entropy, rms_norm
 use tch::{Device, Kind, Tensor};
 
 use super::{
-    Activations, Batch, ModelError,
+    Activations, Batch, ModelError, Stopwatch,
     activations::Precision,
     llama,
     op::{BlockRun, Heads},
@@ -147,15 +147,21 @@ impl Decoder {
         activations: &mut Activations,
     ) -> Result<(), ModelError> {
         self.check_batch(batch, activations)?;
+        activations.stopwatch.start();
         if layer == 0 {
-            return embedding::forward(&batch.tokens, &weights[0][0], &mut activations.stream[0])
-                .map_err(|source| self.failed(layer, source));
+            embedding::forward(&batch.tokens, &weights[0][0], &mut activations.stream[0])
+                .map_err(|source| self.failed(layer, source))?;
+            activations.stopwatch.lap("embedding", "stream");
+            return Ok(());
         }
         let Activations {
-            blocks, workspace, ..
+            blocks,
+            workspace,
+            stopwatch,
+            ..
         } = activations;
-        let slots = &mut blocks[layer - 1];
-        let mut run = self.block_run(layer, &weights[0], batch, rope, slots, workspace);
+        let (slots, tools) = (&mut blocks[layer - 1], (workspace, stopwatch));
+        let mut run = self.block_run(layer, &weights[0], batch, rope, slots, tools);
         self.program.ops.iter().try_for_each(|op| run.forward(op))
     }
 
@@ -188,10 +194,13 @@ impl Decoder {
             rstd,
             normed_gradient,
             workspace,
+            stopwatch,
             ..
         } = activations;
         let last = &stream[self.layers() - 2];
+        stopwatch.start();
         rms_norm::forward(last, &weights[NORM.0][NORM.1], self.norm_eps, normed, rstd)?;
+        stopwatch.lap("rms_norm", "final norm");
         let head = &weights[HEAD.0][HEAD.1];
         let mut sum = Tensor::f_zeros([1], (Kind::Double, head.device())).map_err(torch)?;
         let losses = linear_cross_entropy::Losses {
@@ -217,6 +226,7 @@ impl Decoder {
             }
         }
         let sum = sum.f_double_value(&[0]).map_err(torch)?;
+        stopwatch.lap("head", "loss");
         Ok(Loss {
             sum,
             targets: batch.target_count,
@@ -237,6 +247,7 @@ impl Decoder {
         rope: &RopeTable,
         activations: &mut Activations,
     ) -> Result<(), ModelError> {
+        activations.stopwatch.start();
         if layer == self.layers() - 1 {
             return self
                 .head_backward(weights, gradients, activations)
@@ -246,17 +257,20 @@ impl Decoder {
             let Some(d_weight) = gradients[0][0].as_mut() else {
                 return Ok(());
             };
-            return embedding::backward(&batch.tokens, &activations.residual_gradient, d_weight)
-                .map_err(|source| self.failed(layer, source));
+            embedding::backward(&batch.tokens, &activations.residual_gradient, d_weight)
+                .map_err(|source| self.failed(layer, source))?;
+            activations.stopwatch.lap("embedding backward", "stream");
+            return Ok(());
         }
         let Activations {
             blocks,
             gradients: slot_gradients,
             workspace,
+            stopwatch,
             ..
         } = activations;
-        let slots = &mut blocks[layer - 1];
-        let mut run = self.block_run(layer, &weights[0], batch, rope, slots, workspace);
+        let (slots, tools) = (&mut blocks[layer - 1], (workspace, stopwatch));
+        let mut run = self.block_run(layer, &weights[0], batch, rope, slots, tools);
         for op in self.program.ops.iter().rev() {
             run.backward(op, slot_gradients, &mut gradients[0])?;
         }
@@ -275,6 +289,7 @@ impl Decoder {
             normed_gradient,
             residual_gradient,
             workspace,
+            stopwatch,
             ..
         } = activations;
         let last = &stream[self.layers() - 2];
@@ -290,7 +305,9 @@ impl Decoder {
             residual_gradient,
             d_norm,
             workspace,
-        )
+        )?;
+        stopwatch.lap("rms_norm backward", "final norm");
+        Ok(())
     }
 
     /// Logits, `[rows, vocab]` fp32, of the given tokens of the micro-batch that has just run
@@ -334,7 +351,7 @@ impl Decoder {
         batch: &'a Batch,
         rope: &'a RopeTable,
         slots: &'a mut super::activations::Slots,
-        workspace: &'a mut oxitron_kernels::Workspace,
+        (workspace, stopwatch): (&'a mut oxitron_kernels::Workspace, &'a mut Stopwatch),
     ) -> BlockRun<'a> {
         BlockRun {
             layer: &self.names[layer],
@@ -345,6 +362,8 @@ impl Decoder {
             weights,
             slots,
             workspace,
+            specs: &self.program.slots,
+            stopwatch,
         }
     }
 

@@ -16,6 +16,7 @@ mod footprint;
 mod llama;
 mod op;
 mod program;
+mod stopwatch;
 #[cfg(test)]
 mod tests;
 
@@ -25,6 +26,7 @@ pub use decoder::{Decoder, LayerGradients, LayerWeights, Loss, Objective};
 pub use footprint::{ActivationBytes, activation_bytes};
 pub use llama::{describe, tensor_names};
 pub use program::{Op, Program, Slot, SlotKind, SlotSpec};
+pub use stopwatch::{OpSpan, Stopwatch};
 
 use oxitron_kernels as kernels;
 

@@ -6,10 +6,10 @@ use oxitron_kernels::{
 use tch::Tensor;
 
 use super::{
-    ModelError,
+    ModelError, Stopwatch,
     activations::Slots,
     batch::Batch,
-    program::{Op, Slot},
+    program::{Op, Slot, SlotSpec},
 };
 
 /// Sizes that operations need beyond the shapes of their tensors.
@@ -30,6 +30,9 @@ pub(super) struct BlockRun<'a> {
     pub(super) weights: &'a [Tensor],
     pub(super) slots: &'a mut Slots,
     pub(super) workspace: &'a mut Workspace,
+    /// What the slots are called.
+    pub(super) specs: &'a [SlotSpec],
+    pub(super) stopwatch: &'a mut Stopwatch,
 }
 
 /// Views of a fused projection, `[samples, seq_len, heads, head_dim]` each.
@@ -42,7 +45,10 @@ struct Projections {
 impl BlockRun<'_> {
     /// Runs `op` and fills the slots that it writes.
     pub(super) fn forward(&mut self, op: &Op) -> Result<(), ModelError> {
-        self.run_forward(op).map_err(|source| self.failed(source))
+        self.run_forward(op).map_err(|source| self.failed(source))?;
+        let (name, _) = op.names();
+        self.stopwatch.lap(name, self.specs[op.result()].name);
+        Ok(())
     }
 
     /// Runs `op` backwards: reads the gradients of the slots that it wrote, adds to the gradients
@@ -55,7 +61,10 @@ impl BlockRun<'_> {
         weight_gradients: &mut [Option<Tensor>],
     ) -> Result<(), ModelError> {
         self.run_backward(op, gradients, weight_gradients)
-            .map_err(|source| self.failed(source))
+            .map_err(|source| self.failed(source))?;
+        let (_, name) = op.names();
+        self.stopwatch.lap(name, self.specs[op.result()].name);
+        Ok(())
     }
 
     fn failed(&self, source: Error) -> ModelError {
@@ -124,6 +133,7 @@ impl BlockRun<'_> {
                 let [x] = self.slots.get([x])?;
                 if let Some(d_weight) = weight_gradients[weight].as_mut() {
                     linear::backward_weight(d_y, x, d_weight, self.workspace)?;
+                    self.stopwatch.lap("linear wgrad", self.specs[y].name);
                 }
                 linear::backward_input(d_y, &self.weights[weight], d_x, false)
             }

@@ -84,6 +84,33 @@ pub enum Op {
     },
 }
 
+impl Op {
+    /// What it is called, and its gradient. That of a linear operation is the one of its input; the
+    /// one of its weight is a product of its own.
+    pub(super) fn names(&self) -> (&'static str, &'static str) {
+        match self {
+            Self::RmsNorm { .. } => ("rms_norm", "rms_norm backward"),
+            Self::Linear { .. } => ("linear", "linear dgrad"),
+            Self::Rope { .. } => ("rope", "rope backward"),
+            Self::Attention { .. } => ("attention", "attention backward"),
+            Self::SwiGlu { .. } => ("swiglu", "swiglu backward"),
+            Self::Add { .. } => ("add", "add backward"),
+        }
+    }
+
+    /// The slot that it writes for others to read.
+    pub(super) fn result(&self) -> Slot {
+        match *self {
+            Self::RmsNorm { y, .. }
+            | Self::Linear { y, .. }
+            | Self::Attention { y, .. }
+            | Self::SwiGlu { y, .. } => y,
+            Self::Rope { qkv } => qkv,
+            Self::Add { sum, .. } => sum,
+        }
+    }
+}
+
 /// The operations of a block in the order of the forward pass.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Program {
