@@ -34,6 +34,7 @@ mod record;
 mod summary;
 mod table;
 mod tensorboard;
+mod trace;
 mod writer;
 
 pub use event::{Event, EventRecord, StopReason};
@@ -42,6 +43,7 @@ pub use jsonl::MetricsError;
 pub use record::StepRecord;
 pub use summary::{StageSummary, stage_summaries, stage_table};
 pub use table::{Align, Table};
+pub use trace::{Span, TraceFile, Track};
 pub use writer::{EventLog, MetricsWriter};
 
 /// File of the step records inside a run directory.
