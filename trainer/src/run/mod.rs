@@ -25,6 +25,7 @@ mod replicas;
 mod save;
 mod stage;
 mod step;
+mod trace;
 mod trainer;
 mod validate;
 

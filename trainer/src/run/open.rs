@@ -1,7 +1,6 @@
 //! Opening a run: a new one with initial values, or one that has begun from its newest checkpoint.
 
 use std::ops::Range;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use oxitron_data::{Dataset, DatasetSpec, SourceSpec};
 use oxitron_kernels::{Threads, memory};
@@ -14,6 +13,7 @@ use super::{
     plan::{RunPlan, dtype_of_this_machine, wire},
     progress::Progress,
     ranks::Ranks,
+    trace::{self, Tracer},
     trainer::{Options, Trainer, dtype_name},
 };
 use crate::comm::Comm;
@@ -47,7 +47,7 @@ impl<'a> Trainer<'a> {
         })?;
         let origin = Origin::find(config, &ranks, options)?;
         ranks.together(origin.check(&plan.units))?;
-        let (run_id, attempt) = identify(config, &ranks, &origin)?;
+        let (run_id, attempt, began) = identify(config, &ranks, &origin)?;
         let dtype = choose_dtype(config, &ranks, &origin)?;
         let open_metrics = |folder: &RunFolder| {
             folder.write_config(&config.resolved_toml()?)?;
@@ -69,6 +69,13 @@ impl<'a> Trainer<'a> {
             ),
             device,
         )?;
+        let tracer = Tracer::new(
+            config.run.trace_steps,
+            &config.run.dir,
+            (ranks.rank, attempt),
+            began,
+            (&plan.units, &plan.map),
+        );
         let mut trainer = Self {
             config,
             options,
@@ -85,6 +92,7 @@ impl<'a> Trainer<'a> {
             parent: None,
             _folder: folder,
             metrics,
+            tracer,
         };
         let filled = trainer.fill(&origin);
         trainer.ranks.together(filled)?;
@@ -212,20 +220,22 @@ fn check_nodes(config: &Config, ranks: &Ranks, local_world: usize) -> Result<(),
     })
 }
 
-/// The run's identity and how often it has been started.
-fn identify(config: &Config, ranks: &Ranks, origin: &Origin) -> Result<(String, u32), RunError> {
-    let [attempt, fresh] = ranks.leaders_choice(|| {
+/// The run's identity, how often it has been started, and when it was started this time, in
+/// nanoseconds since 1970-01-01 UTC.
+fn identify(
+    config: &Config,
+    ranks: &Ranks,
+    origin: &Origin,
+) -> Result<(String, u32, u64), RunError> {
+    let [attempt, began] = ranks.leaders_choice(|| {
         let attempt = metrics::next_attempt(&config.run.dir)?;
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
-        Ok([u64::from(attempt), now.as_nanos() as u64])
+        Ok([u64::from(attempt), trace::unix_nanoseconds()])
     })?;
     let run_id = match origin {
         Origin::Resume(checkpoint) => checkpoint.meta().run_id.clone(),
-        _ => format!("{}-{fresh:016x}", config.run.name),
+        _ => format!("{}-{began:016x}", config.run.name),
     };
-    Ok((run_id, attempt as u32))
+    Ok((run_id, attempt as u32, began))
 }
 
 /// The dtype of weights and activations: what the configuration says; for `auto` what the run began

@@ -7,6 +7,7 @@ use oxitron_kernels::{RopeTable, adamw::AdamW, norm::SumOfSquares};
 use super::{
     RunError,
     control::{self, Agreement, Contribution, Verdict},
+    trace::Tracer,
 };
 use crate::comm::Lane;
 use crate::model::{Activations, Batch, Decoder, Loss, Objective};
@@ -22,6 +23,7 @@ pub(super) struct Step<'a> {
     pub(super) adamw: AdamW,
     pub(super) clip_norm: f64,
     pub(super) stop_requested: bool,
+    pub(super) tracer: &'a mut Tracer,
 }
 
 /// What a step did.
@@ -45,6 +47,7 @@ impl Step<'_> {
         let mut optimizer = Duration::ZERO;
 
         for &action in actions {
+            let began = self.tracer.begin();
             match action {
                 Action::Norm { piece } => gradient += self.pass.zero.sum_of_squares(piece)?,
                 Action::Control => {
@@ -63,6 +66,7 @@ impl Step<'_> {
                 }
                 other => loss += self.pass.act(other)?,
             }
+            self.tracer.action(action, began, self.pass.activations);
         }
         Ok(StepReport {
             agreement,

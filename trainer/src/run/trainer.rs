@@ -20,6 +20,7 @@ use super::{
     replicas,
     stage::Stage,
     step::{Pass, Step, StepReport},
+    trace::Tracer,
 };
 use crate::checkpoint::{ManifestMeta, SkippedRange, SpecialTokens};
 use crate::comm::Comm;
@@ -80,6 +81,7 @@ pub(super) struct Trainer<'a> {
     /// The leader holds the run directory and writes the figures.
     pub(super) _folder: Option<RunFolder>,
     pub(super) metrics: Option<MetricsWriter>,
+    pub(super) tracer: Tracer,
 }
 
 impl<'a> Trainer<'a> {
@@ -108,8 +110,10 @@ impl<'a> Trainer<'a> {
                     self.progress.step_in_stage = 0;
                 }
                 if ended || stop || self.due(self.config.checkpoint.every_steps) {
+                    let began = self.tracer.begin();
                     let saved = self.save();
                     self.ranks.together(saved)?;
+                    self.tracer.note("save", began);
                 }
                 if stop && self.progress.stage < stages {
                     return Ok(Outcome::Stopped);
@@ -208,7 +212,11 @@ impl<'a> Trainer<'a> {
     /// Takes one step; true when somebody has asked to stop.
     fn step(&mut self, stage: &mut Stage<'a>) -> Result<bool, RunError> {
         let began = Instant::now();
+        let number = self.progress.step + 1;
+        self.tracer
+            .enter(number, &mut self.zero, &mut stage.activations);
         let data = stage.feed.next(self.device)?;
+        self.tracer.note("data", Some(began));
         let lr = stage.config.lr_at(self.progress.step_in_stage);
         let optimizer = &self.config.optimizer;
         let pass = Pass {
@@ -232,10 +240,14 @@ impl<'a> Trainer<'a> {
             },
             clip_norm: optimizer.clip_norm,
             stop_requested: self.options.stop.load(Ordering::Relaxed),
+            tracer: &mut self.tracer,
         }
         .run(&stage.actions)?;
         self.advance(stage, &data, report.verdict)?;
         self.record(stage, &data, &report, lr, began.elapsed().as_secs_f64())?;
+        let (zero, activations) = (&mut self.zero, &mut stage.activations);
+        self.tracer
+            .leave(number, began, &report.comm, zero, activations);
         Ok(report.agreement.stop_requested)
     }
 
@@ -348,6 +360,7 @@ impl<'a> Trainer<'a> {
 
     /// Says how the run ended.
     fn close(&mut self, outcome: &Result<Outcome, RunError>) -> Result<(), RunError> {
+        self.tracer.close();
         let (reason, detail) = match outcome {
             Ok(Outcome::Finished) => (StopReason::Finished, None),
             Ok(Outcome::Stopped) => (StopReason::Requested, None),

@@ -16,6 +16,7 @@ impl Trainer<'_> {
         if self.config.validation.fraction == 0.0 {
             return Ok(());
         }
+        let traced_from = self.tracer.begin();
         let (config, device) = (self.config, self.device);
         let read = validation_batches(&self.dataset, config, stage.config, &self.ranks, device);
         let batches = self.ranks.together(read)?;
@@ -29,13 +30,16 @@ impl Trainer<'_> {
                 zero: &mut self.zero,
             };
             for &action in &stage.evaluation {
+                let began = self.tracer.begin();
                 loss += pass.act(action)?;
+                self.tracer.action(action, began, pass.activations);
             }
         }
         let mine = [loss.sum, loss.targets as f64];
         let sums = control::sum(&self.ranks.world, &mine, &mut self.zero.clock)?;
         // What validation has cost does not belong to the next step.
-        self.zero.clock.take();
+        self.tracer.collectives(&self.zero.clock.take());
+        self.tracer.note("validation", traced_from);
         let loss = Loss {
             sum: sums[0],
             targets: sums[1] as u64,

@@ -1,5 +1,7 @@
 //! One rank that takes steps on given batches.
 
+use std::path::Path;
+
 use oxitron_kernels::{RopeTable, adamw::AdamW};
 use tch::Device;
 
@@ -8,6 +10,7 @@ use crate::config::{Dtype, ModelConfig};
 use crate::model::{Activations, Batch, Decoder, describe};
 use crate::plan::{Action, Layout, ShardMap, StepShape, emit_opening, emit_step};
 use crate::run::step::{Pass, Step, StepReport};
+use crate::run::trace::Tracer;
 use crate::testing::counter_hash::{self, Scales};
 use crate::testing::tiny::Tensors;
 use crate::zero::{Groups, InitialValues, Staged, StateKind, Zero};
@@ -63,6 +66,7 @@ pub struct Runner {
     world: Lane,
     clip_norm: f64,
     adam_step: u64,
+    tracer: Tracer,
 }
 
 impl Runner {
@@ -109,6 +113,7 @@ impl Runner {
             actions,
             clip_norm: setting.clip_norm,
             adam_step: 0,
+            tracer: Tracer::new(None, Path::new(""), (0, 1), 0, (&units, &map)),
             decoder,
             zero,
             world,
@@ -138,6 +143,7 @@ impl Runner {
             adamw,
             clip_norm: self.clip_norm,
             stop_requested: false,
+            tracer: &mut self.tracer,
         }
         .run(&self.actions)
         .unwrap();
