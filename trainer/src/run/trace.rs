@@ -131,7 +131,7 @@ impl Tracer {
         }
     }
 
-    /// Something beside the actions is over: reading data, a save, a validation.
+    /// Something beside the actions is over: reading data, a replica check, a validation, a save.
     pub(super) fn note(&mut self, name: &'static str, began: Option<Instant>) {
         self.compute(name, name, began);
     }

@@ -99,7 +99,9 @@ impl<'a> Trainer<'a> {
                 let stop = self.step(&mut stage)?;
                 if self.config.guard.checks_replicas_after(self.progress.step) {
                     let (mesh, step) = (&self.plan.layout.mesh, self.progress.step);
+                    let began = self.tracer.begin();
                     replicas::check(&mut self.zero, &self.ranks, mesh, step)?;
+                    self.tracer.note("replica check", began);
                 }
                 let ended = self.progress.step_in_stage == stage.config.steps;
                 if ended || self.due(self.config.validation.every_steps) {
