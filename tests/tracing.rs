@@ -7,11 +7,13 @@ mod support;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use oxitron_trainer::config::{Config, Dtype};
 use oxitron_trainer::run::RunPlan;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
-use support::{Fixture, ONE_STAGE, run};
+use support::{Fixture, ONE_STAGE, run, start};
 
 const RANKS: usize = 2;
 
@@ -102,7 +104,7 @@ impl Trace {
                 if span.category == "operation" {
                     let outer = outer.map_or("nothing", |outer| &outer.category);
                     assert!(
-                        ["forward", "recompute", "backward"].contains(&outer),
+                        ["forward", "recompute", "backward", "evaluate"].contains(&outer),
                         "{} in {outer}",
                         span.name
                     );
@@ -240,34 +242,56 @@ fn every_rank_traces_the_steps_that_were_asked_for() {
     assert!(apart < 1e3, "{apart} µs apart");
 }
 
-/// A run that ends before the last step to be traced leaves a whole file, and a later attempt
+/// A run that is stopped before the last step to be traced leaves a whole file, and a later attempt
 /// leaves its own beside it.
 #[test]
 fn a_trace_ends_with_its_run_and_attempts_do_not_share_a_file() {
     let fixture = Fixture::new();
-    launch(&fixture, ONE_STAGE, &["run.trace_steps=[5,100]"]);
-    let more = format!("{ONE_STAGE}{}", ONE_STAGE.replace("short", "more"));
-    let validation = "[validation]\nfraction = 0.1\nevery_steps = 2\nbatches = 1\n";
-    let config = fixture.config(&more);
-    let again = ["launch", config.to_str().unwrap(), "--ranks", "2"];
-    let traced = ["--allow-config-change", "--set", "run.trace_steps=[8,10]"];
-    run(&[&again[..], &traced].concat()).done();
+    let config = fixture.config(ONE_STAGE);
+    let train = ["train", config.to_str().unwrap()];
+    let long = ["--set", "stage.0.steps=200", "--set"];
+    let running = start(&[&train[..], &long, &["run.trace_steps=[2,1000]"]].concat());
+    let began = Instant::now();
     let folder = fixture.path("run/trace");
-    let steps = |name: &str| {
+    while fs::read_dir(&folder).is_err() {
+        assert!(began.elapsed() < Duration::from_secs(60), "no trace begins");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let stopped = Pid::from_raw(running.child.id() as i32).unwrap();
+    kill_process(stopped, Signal::TERM).unwrap();
+    assert_eq!(running.wait().code, Some(75));
+    run(&[&train[..], &long, &["run.trace_steps=[199,200]"]].concat()).done();
+
+    let read = |name: &str| {
         let trace = Trace::read(&folder.join(name), 0);
         trace.assert_nested();
-        trace.steps().join(", ")
+        trace
     };
-    assert_eq!(steps("rank-0000.json"), "step 5, step 6");
-    assert_eq!(steps("rank-0000-attempt-2.json"), "step 8, step 9, step 10");
-    assert_eq!(fs::read_dir(&folder).unwrap().count(), 2 * RANKS);
+    let first = read("rank-0000.json");
+    let steps = first.steps();
+    assert!(!steps.is_empty() && steps.len() < 190, "{steps:?}");
+    assert_eq!(steps[0], "step 2");
+    let second = read("rank-0000-attempt-2.json");
+    assert_eq!(second.steps(), ["step 199", "step 200"]);
+    assert_eq!(fs::read_dir(&folder).unwrap().count(), 2);
+    // A rank alone has nothing to send.
+    assert_eq!(first.of_category("reduce").count(), 0);
+}
 
-    // What happens between traced steps is there too.
-    fs::remove_dir_all(fixture.run_dir()).unwrap();
-    let between = format!("{validation}[checkpoint]\nevery_steps = 2\n{ONE_STAGE}");
-    launch(&fixture, &between, &["run.trace_steps=[2,3]"]);
-    let trace = Trace::read(&folder.join("rank-0001.json"), 1);
-    let notes = ["validation", "save", "data"].map(|kind| trace.of_category(kind).count());
-    assert_eq!(notes, [1, 1, 2]);
+#[test]
+fn what_happens_between_traced_steps_is_traced_too() {
+    let fixture = Fixture::new();
+    let between = "[validation]\nfraction = 0.1\nevery_steps = 2\nbatches = 1\n\
+                   [checkpoint]\nevery_steps = 2\n[guard]\nreplica_check_steps = 2\n";
+    launch(
+        &fixture,
+        &format!("{between}{ONE_STAGE}"),
+        &["run.trace_steps=[2,3]"],
+    );
+    let trace = Trace::read(&fixture.path("run/trace/rank-0001.json"), 1);
+    trace.assert_nested();
+    let notes = ["replica check", "validation", "save", "data"];
+    let counts = notes.map(|kind| trace.of_category(kind).count());
+    assert_eq!(counts, [1, 1, 1, 2]);
     assert!(trace.of_category("evaluate").count() > 0);
 }
