@@ -27,6 +27,7 @@ COLOURS = {
     "replicate": ("#c9603f", "all-reduce of replicas"),
     "evaluate": ("#6fb6b0", "evaluate"),
     "validation": ("#6fb6b0", "validation"),
+    "replica check": ("#a9865b", "replica check"),
     "save": ("#8c8c8c", "save"),
     "wait": ("#d64545", "waiting for a lane"),
 }
