@@ -35,7 +35,6 @@ CORRECTIONS = 2
 PROBE_STEPS = 3
 GRADIENT_BYTES = 4  # per parameter on the wire, fp32
 WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
-CONTROL_BYTES = 32  # one sum of four doubles
 COLUMNS = ("step_seconds", "comm_seconds", "exposed_comm_seconds", "optimizer_seconds")
 
 FULL = Model(4096, 512, 1408, num_layers=24, num_heads=8, num_kv_heads=2)
@@ -63,26 +62,16 @@ def arguments() -> argparse.Namespace:
 
 
 def backward_seconds(figures: Figures) -> float:
-    """The backward pass of a step on the unlimited cable without overlap.
-
-    Estimated: what is neither optimizer nor visible communication is forward and backward, and
-    backward multiplies two matrices for each that forward does.
-    """
-    compute = (
-        record["step_seconds"] - record["optimizer_seconds"] - record["exposed_comm_seconds"]
-        for record in figures.records
+    """The backward pass of a step, from the trace: the layers run backwards, and nothing else."""
+    spans = [event for event in figures.trace if event.get("cat") == "backward"]
+    layers = {event["name"] for event in spans}
+    if not layers:
+        raise runs.RunFailed("the trace has no backward spans")
+    # Each layer once a step: one micro-batch.
+    return sum(
+        statistics.median(event["dur"] for event in spans if event["name"] == name) * 1e-6
+        for name in layers
     )
-    return statistics.median(compute) * 2 / 3
-
-
-def floor_bytes(model: Model) -> float:
-    """What each host must send after the last backward operation, whatever the schedule.
-
-    The gradient of the embedding is complete only then, and the control reduction needs all
-    gradients.
-    """
-    embedding = model.vocab_size * model.hidden_size
-    return (RANKS - 1) / RANKS * embedding * GRADIENT_BYTES + CONTROL_BYTES
 
 
 def step_bytes(model: Model, dtype: str) -> float:
@@ -145,9 +134,16 @@ class Bench:
         )
 
     def run(self, overlap: bool, steps: int, wire: Wire | None = None) -> Figures:
-        """Trains for `steps` steps behind the warm-up."""
+        """Trains for `steps` steps behind the warm-up; all of them are traced when `wire` counts."""
         settings = replace(self.settings, overlap=overlap, steps=self.warm_up + steps)
+        if wire:
+            settings = replace(settings, trace_steps=(self.warm_up + 1, settings.steps))
         return self.launch(self.model, self.shards, settings, RANKS, self.warm_up, wire)
+
+    def plan(self) -> dict:
+        """What the binary plans for these runs."""
+        settings = replace(self.settings, steps=1)
+        return self.launch.plan(self.model, self.shards, settings, RANKS)
 
     def pairs(self, count: int, steps: int) -> list[Pair]:
         """Runs in turns. Every other pair begins with overlap off: neither is always first."""
@@ -208,7 +204,7 @@ def measure(bench: Bench, args: argparse.Namespace) -> int:
     if alone.parameters != model.parameters:
         raise runs.RunFailed(f"{model.parameters:,} parameters wanted, {alone.parameters:,} found")
     backward, sent = backward_seconds(alone), wire.per_step(args.warm_up)
-    say(f"  backward about {backward:.3f} s, {sent / 1e6:.1f} MB sent by each host and step")
+    say(f"  backward {backward:.3f} s, {sent / 1e6:.1f} MB sent by each host and step")
 
     say("the rate")
     # The quickest step: the others have waited for a host that was late, too.
@@ -220,7 +216,8 @@ def measure(bench: Bench, args: argparse.Namespace) -> int:
     unlimited = bench.pairs(args.short_pairs, args.short_steps)
 
     comm = middle(limited, "off", "comm_seconds")
-    floor = floor_bytes(model) / (sent / comm)
+    floor_bytes = bench.plan()["floor_bytes"]
+    floor = floor_bytes / (sent / comm)
     exposed = middle(limited, "on", "exposed_comm_seconds")
     speed_up = statistics.median(1 / pair.ratio() for pair in limited)
     cost = statistics.median(pair.ratio() for pair in unlimited)
@@ -232,11 +229,11 @@ def measure(bench: Bench, args: argparse.Namespace) -> int:
     ]
     outcome.print_table(("cable", "overlap", "step s", "comm s", "exposed s", "optimizer s"), rows)
     say(
-        f"backward, estimated: {backward:.3f} s; communication without overlap: "
+        f"backward: {backward:.3f} s; communication without overlap: "
         f"{comm / backward:.0%} of it, {SHARE_OF_BACKWARD:.0%} wanted"
     )
     say(f"sent by each host and step: {sent / 1e6:.2f} MB, {formula / 1e6:.2f} MB by formula")
-    say(f"structural floor: {floor_bytes(model) / 1e6:.2f} MB, {floor:.3f} s at the rate reached")
+    say(f"structural floor: {floor_bytes / 1e6:.2f} MB, {floor:.3f} s at the rate reached")
     bars = [
         Bar("exposed with overlap, s", exposed, "<=", floor + 0.1 * comm),
         Bar("step off / on, limited", speed_up, ">=", 1.35),

@@ -50,16 +50,19 @@ class Settings:
     dtype: str = "bf16"
     grad_reduce_dtype: str = "fp32"
     overlap: bool = True
+    trace_steps: tuple[int, int] | None = None
 
 
 def config(model: Model, shards: Path, settings: Settings) -> str:
     """A run without validation, and with no checkpoint before its last step."""
     sizes = "\n".join(f"{key} = {value}" for key, value in model.sizes().items())
+    trace = f"trace_steps = {list(settings.trace_steps)}" if settings.trace_steps else ""
     return f"""\
 [run]
 name = "bench"
 dir = "run"
 threads = {settings.threads}
+{trace}
 
 [model]
 family = "llama"
@@ -102,10 +105,12 @@ micro_batch = 1
 
 @dataclass
 class Figures:
-    """The records of `metrics.jsonl` behind the warm-up, and the size of the model that ran."""
+    """What a run has left: the records of `metrics.jsonl` behind the warm-up, the size of the model
+    that ran, and the events of rank 0's trace, if it was to write one."""
 
     records: list[dict]
     parameters: int
+    trace: list[dict] = field(default_factory=list)
 
     def median(self, key: str) -> float:
         return statistics.median(self.each(key))
@@ -152,9 +157,21 @@ class Launcher:
             records = read_records(metrics)
             if len(records) != settings.steps:
                 raise RunFailed(f"{metrics} has {len(records)} steps, not {settings.steps}")
-            return Figures(records[warm_up:], count_parameters(self.binary, home / "run"))
+            parameters = count_parameters(self.binary, home / "run")
+            return Figures(records[warm_up:], parameters, read_trace(home / "run"))
         finally:
             shutil.rmtree(home)
+
+    def plan(self, model: Model, shards: Path, settings: Settings, ranks: int) -> dict:
+        """What `oxitron plan` says of a run."""
+        path = self.folder / "planned.toml"
+        path.write_text(config(model, shards, settings))
+        command = [self.binary, "plan", path, "--ranks", str(ranks), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        path.unlink()
+        if done.returncode:
+            raise RunFailed(f"{self.binary} plan: exit code {done.returncode}\n{done.stderr}")
+        return json.loads(done.stdout)
 
 
 class StepWatch:
@@ -223,6 +240,12 @@ def end(process: subprocess.Popen) -> None:
 def read_records(path: Path) -> list[dict]:
     """The records of a metrics file, in order."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def read_trace(run: Path) -> list[dict]:
+    """The events of rank 0's trace; none where the run wrote no trace."""
+    path = run / "trace" / "rank-0000.json"
+    return json.loads(path.read_text())["traceEvents"] if path.exists() else []
 
 
 def count_parameters(binary: Path, run: Path) -> int:

@@ -1,13 +1,46 @@
 //! Back-off: how a thread waits for something that nobody will wake it for.
 //!
 //! Neither mailboxes nor MPI wake a sleeper, so the communication thread has to look again and again.
-//! Messages mostly follow each other closely, and then a pause would cost more than it saves; but a
-//! slow peer must not cost a core that computes. Hence a pause that grows with the time waited.
+//! How often depends on whether anybody waits for the result. If the step does, it leaves its core
+//! free, messages follow each other closely, and a pause would cost more than it saves. If it
+//! computes, every look takes the core away from it, and what is under way fills the network for
+//! longer than a pause lasts.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-/// How long to pause between polls: not at all right after something moved, then giving way to
-/// other threads, then asleep, a tenth of the time waited so far but at most [`Backoff::LONGEST`].
+/// How many threads wait for a ticket of a communicator at the moment.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Waiters(Arc<AtomicUsize>);
+
+impl Waiters {
+    /// Counts a waiter for as long as the guard lives.
+    pub(super) fn enter(&self) -> WaiterGuard<'_> {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        WaiterGuard(&self.0)
+    }
+
+    /// Whether there is one.
+    pub(super) fn any(&self) -> bool {
+        self.0.load(Ordering::Relaxed) > 0
+    }
+}
+
+/// A thread that waits.
+pub(super) struct WaiterGuard<'a>(&'a AtomicUsize);
+
+impl Drop for WaiterGuard<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// How long to pause between polls.
+///
+/// While somebody waits: not at all right after something moved, then giving way to other threads,
+/// then asleep, a tenth of the time waited so far. While everybody computes: asleep from the start,
+/// half of that time. Either way at most [`Backoff::LONGEST`] and [`Backoff::LONGEST_BEHIND`].
 #[derive(Default)]
 pub(super) struct Backoff {
     since: Option<Instant>,
@@ -28,16 +61,20 @@ impl Backoff {
     const YIELD: Duration = Duration::from_micros(200);
     const SHORTEST: Duration = Duration::from_micros(20);
     const LONGEST: Duration = Duration::from_micros(200);
+    const SHORTEST_BEHIND: Duration = Duration::from_micros(200);
+    const LONGEST_BEHIND: Duration = Duration::from_micros(800);
 
     /// Something moved: begins with the shortest pause again.
     pub(super) fn reset(&mut self) {
         self.since = None;
     }
 
-    /// The next pause.
-    pub(super) fn next(&mut self) -> Pause {
+    /// The next pause; `awaited` says whether somebody waits.
+    pub(super) fn next(&mut self, awaited: bool) -> Pause {
         let waited = self.since.get_or_insert_with(Instant::now).elapsed();
-        if waited < Self::SPIN {
+        if !awaited {
+            Pause::Sleep((waited / 2).clamp(Self::SHORTEST_BEHIND, Self::LONGEST_BEHIND))
+        } else if waited < Self::SPIN {
             Pause::Spin
         } else if waited < Self::YIELD {
             Pause::Yield
@@ -54,10 +91,23 @@ mod tests {
     #[test]
     fn a_long_wait_sleeps_and_a_reset_wakes_it_up() {
         let mut backoff = Backoff::default();
-        assert!(matches!(backoff.next(), Pause::Spin));
+        assert!(matches!(backoff.next(true), Pause::Spin));
         std::thread::sleep(Duration::from_millis(5));
-        assert!(matches!(backoff.next(), Pause::Sleep(pause) if pause == Backoff::LONGEST));
+        assert!(matches!(backoff.next(true), Pause::Sleep(pause) if pause == Backoff::LONGEST));
         backoff.reset();
-        assert!(matches!(backoff.next(), Pause::Spin));
+        assert!(matches!(backoff.next(true), Pause::Spin));
+    }
+
+    #[test]
+    fn behind_compute_it_sleeps_from_the_start() {
+        let (mut backoff, waiters) = (Backoff::default(), Waiters::default());
+        let first = backoff.next(waiters.any());
+        assert!(matches!(first, Pause::Sleep(pause) if pause == Backoff::SHORTEST_BEHIND));
+        let waiting = waiters.enter();
+        assert!(
+            !matches!(backoff.next(waiters.any()), Pause::Sleep(pause) if pause > Backoff::LONGEST)
+        );
+        drop(waiting);
+        assert!(!waiters.any());
     }
 }

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::time::{Duration, Instant};
 
-use super::backoff::{Backoff, Pause};
+use super::backoff::{Backoff, Pause, Waiters};
 use super::operation::Operation;
 use super::queue::LaneQueue;
 use super::transport::Transport;
@@ -32,9 +32,10 @@ pub(super) enum Command {
 }
 
 /// Runs until told to leave or to abort, or until every sender of commands is gone.
-pub(super) fn run<T: Transport>(transport: T, commands: &Receiver<Command>) {
+pub(super) fn run<T: Transport>(transport: T, commands: &Receiver<Command>, waiters: Waiters) {
     Engine {
         transport,
+        waiters,
         lanes: BTreeMap::new(),
         backoff: Backoff::default(),
     }
@@ -43,6 +44,7 @@ pub(super) fn run<T: Transport>(transport: T, commands: &Receiver<Command>) {
 
 struct Engine<T: Transport> {
     transport: T,
+    waiters: Waiters,
     lanes: BTreeMap<u32, LaneQueue<T::Request>>,
     backoff: Backoff,
 }
@@ -104,7 +106,7 @@ impl<T: Transport> Engine<T> {
     /// The next command, waiting for it as long as the state of the lanes allows.
     fn next_command(&mut self, commands: &Receiver<Command>, leaving: bool) -> Option<Command> {
         if self.busy() || leaving {
-            let pause = match self.backoff.next() {
+            let pause = match self.backoff.next(self.waiters.any() || leaving) {
                 Pause::Spin => {
                     std::hint::spin_loop();
                     return commands.try_recv().ok();
@@ -169,7 +171,7 @@ impl<T: Transport> Engine<T> {
                 self.transport.abort(&reason);
                 return Err(reason);
             }
-            match self.backoff.next() {
+            match self.backoff.next(true) {
                 Pause::Spin => std::hint::spin_loop(),
                 Pause::Yield => std::thread::yield_now(),
                 Pause::Sleep(pause) => std::thread::sleep(pause),

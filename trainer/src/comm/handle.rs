@@ -5,6 +5,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use super::backoff::Waiters;
 use super::engine::{self, Command};
 use super::environment::Environment;
 use super::error::{Error, Result};
@@ -44,6 +45,7 @@ pub struct Comm {
 #[derive(Debug)]
 struct Link {
     commands: Sender<Command>,
+    waiters: Waiters,
     thread: JoinHandle<()>,
 }
 
@@ -70,13 +72,19 @@ impl Comm {
         }
         let start = |(rank, transport)| {
             let (commands, received) = mpsc::channel();
-            let thread = spawn(rank, move || engine::run(transport, &received))?;
+            let waiters = Waiters::default();
+            let counted = waiters.clone();
+            let thread = spawn(rank, move || engine::run(transport, &received, counted))?;
             Ok(Self::new(
                 rank,
                 world,
                 rank,
                 world,
-                Some(Link { commands, thread }),
+                Some(Link {
+                    commands,
+                    waiters,
+                    thread,
+                }),
             ))
         };
         threads::world(world)
@@ -122,6 +130,8 @@ impl Comm {
         environment.check_alone()?;
         let (commands, received) = mpsc::channel();
         let (report, started) = mpsc::channel();
+        let waiters = Waiters::default();
+        let counted = waiters.clone();
         let run = move || {
             let start = super::mpi::Mpi::start().map_err(Error::Start);
             match start.and_then(|(transport, position)| {
@@ -130,7 +140,7 @@ impl Comm {
             }) {
                 Ok((transport, position)) => {
                     let _ = report.send(Ok(position));
-                    engine::run(transport, &received);
+                    engine::run(transport, &received, counted);
                 }
                 Err(error) => {
                     let _ = report.send(Err(error));
@@ -141,7 +151,11 @@ impl Comm {
         let ended = |_| Error::Start("the communication thread ended during start-up".to_owned());
         let position = started.recv().map_err(ended)??;
         let (rank, world) = (position.rank, position.world);
-        let link = Some(Link { commands, thread });
+        let link = Some(Link {
+            commands,
+            waiters,
+            thread,
+        });
         Ok(Self::new(
             rank,
             world,
@@ -230,12 +244,15 @@ impl Comm {
             index,
             size: sorted.len(),
         };
-        let commands = self.link.as_ref().map(|link| link.commands.clone());
+        let link = self.link.as_ref();
+        let commands = link.map(|link| link.commands.clone());
+        let waiters = link.map(|link| link.waiters.clone()).unwrap_or_default();
         Ok(Lane::new(
             Members { id, ranks: sorted },
             place,
             self.rank,
             commands,
+            waiters,
         ))
     }
 

@@ -7,6 +7,7 @@ use std::sync::mpsc::Sender;
 use tch::Tensor;
 
 use super::alone::Alone;
+use super::backoff::Waiters;
 use super::buffer::{Buffer, Element, checked};
 use super::engine::Command;
 use super::event::Event;
@@ -50,6 +51,8 @@ pub struct Lane {
     rank: usize,
     /// Absent in a world of one rank, which has no communication thread.
     commands: Option<Sender<Command>>,
+    /// Of the rank's tickets.
+    waiters: Waiters,
     /// Present on a lane of one rank, where nothing has to travel.
     alone: Option<Arc<Alone>>,
     /// What the operations of this handle come after.
@@ -62,12 +65,14 @@ impl Lane {
         place: Place,
         rank: usize,
         commands: Option<Sender<Command>>,
+        waiters: Waiters,
     ) -> Self {
         Self {
             members: Arc::new(members),
             place,
             rank,
             commands,
+            waiters,
             alone: (place.size == 1).then(Arc::default),
             after: Vec::new(),
         }
@@ -291,7 +296,7 @@ impl Lane {
         plan: impl FnOnce(Buffer) -> Plan,
     ) -> Ticket {
         let planned = checked(&tensor).and_then(plan);
-        let (promise, ticket) = Promise::new(self.rank);
+        let (promise, ticket) = Promise::new(self.rank, self.waiters.clone());
         let (phases, refused) = match planned {
             Ok(phases) => (phases.into(), None),
             Err(reason) => (VecDeque::new(), Some(reason)),

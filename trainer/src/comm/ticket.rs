@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use tch::Tensor;
 
+use super::backoff::Waiters;
 use super::error::{Error, Result};
 use super::event::Event;
 
@@ -45,6 +46,7 @@ impl Slot {
 pub struct Ticket {
     slot: Arc<Slot>,
     event: Event,
+    waiters: Waiters,
 }
 
 impl Ticket {
@@ -54,10 +56,12 @@ impl Ticket {
     /// Whatever stopped the operation; it names the lane, the operation and the peer.
     pub fn wait(self) -> Result<(Tensor, Traffic)> {
         let mut outcome = self.slot.lock();
+        let mut waiting = None;
         loop {
             if let Some(outcome) = outcome.take() {
                 return outcome;
             }
+            waiting.get_or_insert_with(|| self.waiters.enter());
             outcome = self
                 .slot
                 .done
@@ -94,8 +98,9 @@ pub(super) struct Promise {
 }
 
 impl Promise {
-    /// A promise and its ticket, for an operation of `rank`.
-    pub(super) fn new(rank: usize) -> (Self, Ticket) {
+    /// A promise and its ticket, for an operation of `rank`; whoever waits for the ticket counts
+    /// among `waiters`.
+    pub(super) fn new(rank: usize, waiters: Waiters) -> (Self, Ticket) {
         let slot = Arc::new(Slot {
             outcome: Mutex::new(None),
             done: Condvar::new(),
@@ -107,7 +112,11 @@ impl Promise {
                 event: event.clone(),
                 rank,
             },
-            Ticket { slot, event },
+            Ticket {
+                slot,
+                event,
+                waiters,
+            },
         )
     }
 
@@ -146,7 +155,7 @@ mod tests {
 
     #[test]
     fn a_lost_promise_wakes_the_waiter_with_an_error() {
-        let (promise, ticket) = Promise::new(3);
+        let (promise, ticket) = Promise::new(3, Waiters::default());
         assert!(!ticket.is_ready());
         let waiter = std::thread::spawn(move || ticket.wait());
         drop(promise);
@@ -156,7 +165,7 @@ mod tests {
 
     #[test]
     fn a_fulfilled_promise_hands_over_the_tensor_once() {
-        let (promise, ticket) = Promise::new(0);
+        let (promise, ticket) = Promise::new(0, Waiters::default());
         let traffic = Traffic {
             bytes_sent: 8,
             begun: Some(Instant::now()),
