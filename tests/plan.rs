@@ -85,14 +85,13 @@ fn two_shard_groups_of_two_hold_and_send_what_the_formulas_say() {
             ("floor_seconds", Value::Null),
         ],
     );
-    // Sums between groups travel as fp32 whatever gradients travel as inside them.
     let bf16 = ["--set", "parallel.grad_reduce_dtype=bf16"];
     let found = json_of(&config, &[&hybrid[..], &bf16].concat());
     expect(
         &found["stages"][0],
         &[
             ("reduce_bytes", json!(PADDED / 2 * 2)),
-            ("replicate_bytes", json!(PADDED / 2 * 4)),
+            ("replicate_bytes", json!(PADDED / 2 * 2)),
         ],
     );
     assert_eq!(fixture.files(), ["config.toml"]);

@@ -13,6 +13,11 @@ use support::{Fixture, run};
 
 /// 40 steps of 48 samples: a number that 1, 2, 3 and 4 ranks divide, with accumulation 4 too.
 const STAGE: &str = r#"
+[validation]
+fraction = 0.1
+every_steps = 20
+batches = 2
+
 [[stage]]
 name = "only"
 seq_len = 16
@@ -75,6 +80,7 @@ fn sample() -> Vec<Case> {
 }
 
 struct Trained {
+    /// Of the 40 steps, then of the two validations.
     losses: Vec<f64>,
     weights: BTreeMap<String, Vec<f32>>,
 }
@@ -111,8 +117,12 @@ impl Case {
         }
         run(&arguments).done();
 
-        let metrics = fs::read_to_string(fixture.path(dir).join("metrics.jsonl")).unwrap();
-        let losses = metrics.lines().map(|line| {
+        let read = |file: &str| fs::read_to_string(fixture.path(dir).join(file)).unwrap();
+        let (metrics, events) = (read("metrics.jsonl"), read("events.jsonl"));
+        let validations = events
+            .lines()
+            .filter(|line| line.contains("\"validation\""));
+        let losses = metrics.lines().chain(validations).map(|line| {
             let record: serde_json::Value = serde_json::from_str(line).unwrap();
             record["loss"].as_f64().unwrap()
         });
@@ -166,14 +176,11 @@ fn an_eighth_of_all_meshes_trains_alike_on_processes_as_ranks() {
         let learnt = reference.losses[0] - reference.losses[39];
         assert!(learnt > 0.5, "it learns: {learnt}");
         let found = case.train(&fixture, &format!("case-{index}"));
-        assert_eq!(found.losses.len(), 40);
+        assert_eq!(found.losses.len(), 42);
         let mut worst = (0f64, 0f64);
         for (step, (a, b)) in reference.losses.iter().zip(&found.losses).enumerate() {
             let error = (b / a - 1.0).abs();
-            assert!(
-                error <= 1e-5,
-                "{case:?}: loss of step {step} differs by {error:e}"
-            );
+            assert!(error <= 1e-5, "{case:?}: loss {step} differs by {error:e}");
             worst.0 = worst.0.max(error);
         }
         assert_eq!(found.weights.len(), reference.weights.len());

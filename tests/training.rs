@@ -218,6 +218,38 @@ fn ranks_as_processes_train_the_same_model() {
     assert_close("moved");
 }
 
+/// A run changes the number of ranks and what they share on its way: its checkpoints know neither.
+#[test]
+fn ranks_and_sharding_may_change_in_a_run() {
+    let fixture = Fixture::new();
+    let config = fixture.config(&format!("{SAVE_OFTEN}{TWO_STAGES}"));
+    let config = config.to_str().unwrap();
+    run(&arguments(&["train", config], "run.dir=calm")).done();
+    let four = ["launch", config, "--ranks", "4"];
+    let hybrid = [
+        "--set",
+        "parallel.zero_stage=3",
+        "--set",
+        "parallel.shard_size=2",
+    ];
+    let running = start(&[&arguments(&four, "run.dir=changed")[..], &hybrid].concat());
+    wait_for_step(&fixture.path("changed"), 9);
+    signal(running.child.id(), Signal::TERM);
+    assert_eq!(running.wait().code, Some(75));
+    let two = ["launch", config, "--ranks", "2"];
+    let sliced = ["--set", "parallel.zero_stage=2"];
+    run(&[&arguments(&two, "run.dir=changed")[..], &sliced].concat()).done();
+    let (calm, changed) = (
+        losses(&fixture.path("calm")),
+        losses(&fixture.path("changed")),
+    );
+    assert_eq!(calm.len(), changed.len());
+    for (step, (a, b)) in calm.iter().zip(&changed).enumerate() {
+        let error = (b / a - 1.0).abs();
+        assert!(error <= 1e-5, "loss of step {step} differs by {error:e}");
+    }
+}
+
 /// The processes that train with this config, with their rank.
 fn ranks_of(config: &Path) -> Vec<(u32, usize)> {
     let config = config.canonicalize().unwrap();

@@ -46,11 +46,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--binary", default=runs.default_binary(), help="default: %(default)s")
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--dtype", choices=WEIGHT_BYTES, help="default: bf16 where it is fast")
-    parser.add_argument("--warm-up", type=int, default=2, help="steps dropped from each run")
-    parser.add_argument("--pairs", type=int, default=5, help="on the limited cable")
-    parser.add_argument("--steps", type=int, default=8, help="measured in each of their runs")
+    parser.add_argument("--warm-up", type=int, default=1, help="steps dropped from each run")
+    parser.add_argument("--pairs", type=int, default=4, help="on the limited cable")
+    parser.add_argument("--steps", type=int, default=5, help="measured in each of their runs")
     parser.add_argument("--short-pairs", type=int, default=20, help="on the unlimited cable")
-    parser.add_argument("--short-steps", type=int, default=4, help="measured in each of their runs")
+    parser.add_argument("--short-steps", type=int, default=2, help="measured in each of their runs")
     parser.add_argument(
         "--quick", action="store_true", help="a small model, few steps, bars not judged"
     )

@@ -83,12 +83,18 @@ pub struct Running {
 
 /// Starts `oxitron` with these arguments and does not wait.
 pub fn start<S: AsRef<OsStr>>(args: &[S]) -> Running {
+    start_with(args, &[])
+}
+
+/// The same with variables added to its environment.
+pub fn start_with<S: AsRef<OsStr>>(args: &[S], environment: &[(&str, &str)]) -> Running {
     let (stdout, stderr) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
     let mut command = Command::new(env!("CARGO_BIN_EXE_oxitron"));
     command
         .args(args)
         // Tests run side by side; threads that wait for each other's cores would only spin.
         .env("OMP_NUM_THREADS", "1")
+        .envs(environment.iter().copied())
         .stdin(Stdio::null())
         .stdout(stdout.try_clone().unwrap())
         .stderr(stderr.try_clone().unwrap());

@@ -44,6 +44,7 @@ impl Drop for WaiterGuard<'_> {
 #[derive(Default)]
 pub(super) struct Backoff {
     since: Option<Instant>,
+    awaited: bool,
 }
 
 /// What to do before the next poll.
@@ -69,8 +70,12 @@ impl Backoff {
         self.since = None;
     }
 
-    /// The next pause; `awaited` says whether somebody waits.
+    /// The next pause; `awaited` says whether somebody waits. Who begins to wait is served at once.
     pub(super) fn next(&mut self, awaited: bool) -> Pause {
+        if awaited && !self.awaited {
+            self.reset();
+        }
+        self.awaited = awaited;
         let waited = self.since.get_or_insert_with(Instant::now).elapsed();
         if !awaited {
             Pause::Sleep((waited / 2).clamp(Self::SHORTEST_BEHIND, Self::LONGEST_BEHIND))

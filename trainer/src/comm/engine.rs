@@ -57,8 +57,16 @@ struct Leaving {
 impl<T: Transport> Engine<T> {
     fn run(mut self, commands: &Receiver<Command>) {
         let mut leaving: Option<Leaving> = None;
+        // Whether something has come in that no lane has looked at yet.
+        let mut fresh = false;
         loop {
-            if let Some(command) = self.next_command(commands, leaving.is_some()) {
+            let next = if fresh {
+                commands.try_recv().ok()
+            } else {
+                self.next_command(commands, leaving.is_some())
+            };
+            if let Some(command) = next {
+                fresh = true;
                 match command {
                     Command::Submit(operation) => self.submit(operation),
                     Command::Leave { limit, done } => {
@@ -77,6 +85,7 @@ impl<T: Transport> Engine<T> {
                 // Take everything that is queued before looking at the network again.
                 continue;
             }
+            fresh = false;
             if self.poll_lanes() {
                 self.backoff.reset();
             }

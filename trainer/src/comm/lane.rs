@@ -22,14 +22,15 @@ use super::ticket::{Promise, Ticket};
 /// The schedules of an operation, or why its arguments do not fit.
 type Plan = Result<Vec<Box<dyn Schedule>>, String>;
 
-/// The type in which the elements of a reduce-scatter travel.
+/// The type in which the elements of a sum travel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wire {
     /// As they are.
     F32,
     /// Rounded to bf16 (nearest, ties to even); half the bytes. Every contribution is rounded once,
-    /// the own one too, so that the sum does not depend on which rank owns the slice. Sums stay in
-    /// f32. On a lane of one rank nothing travels and nothing is rounded.
+    /// the own one too, so that the sum does not depend on which rank owns the slice. They are added
+    /// in f32; a reduce-scatter leaves the sum as it is, an all-reduce rounds it to send it on. On a
+    /// lane of one rank nothing travels and nothing is rounded.
     Bf16,
 }
 

@@ -120,8 +120,8 @@ pub(super) const PARALLEL: &[Key] = &[
         "Number format of gradients on the wire; they are summed in fp32."),
     key("overlap", Boolean, Is("true"), "", "Communicate while computing."),
     key("prefetch_units", Integer(0, 64), Is("1"), "units",
-        "Stages 2 and 3: units whose weights are gathered ahead of their use (3), and whose \
-         gradients may still be on their way while the next unit computes (2 and 3). More hides a \
+        "Stages 2 and 3: layers ahead of the one that computes whose weights are being gathered (3), \
+         and units behind it whose gradients may still be on their way (2 and 3). More hides a \
          slower network; each costs the memory of a unit."),
     key("recompute", Choice(&["none", "full"]), Is("\"none\""), "",
         "`full` keeps only the input of each block and computes the rest again in backward."),
@@ -208,8 +208,9 @@ pub(super) const CHECKPOINT: &[Key] = &[
 #[rustfmt::skip]
 pub(super) const GUARD: &[Key] = &[
     key("replica_check_steps", STEPS, Is("100"), "steps",
-        "Interval at which a hash of every replica's weights is compared; where one differs the \
-         run stops and names the rank. 0 turns it off."),
+        "Interval at which ranks compare hashes of the weights that they hold in common; it happens \
+         before every save too. Where one differs the run stops and names the rank. 0 turns it \
+         off."),
 ];
 
 /// `[[stage]]`

@@ -93,7 +93,12 @@ pub struct GuardConfig {
 }
 
 impl GuardConfig {
-    /// Whether replicas are compared after a step, counted from 1.
+    /// Whether replicas are compared at all: at the interval, and before every save.
+    pub fn checks_replicas(&self) -> bool {
+        self.replica_check_steps > 0
+    }
+
+    /// Whether the interval asks for a comparison after a step, counted from 1.
     pub fn checks_replicas_after(&self, step: u64) -> bool {
         self.replica_check_steps > 0 && step.is_multiple_of(self.replica_check_steps)
     }

@@ -2,8 +2,8 @@
 //!
 //! Everything in this room is a pure function of the configuration and the number of ranks: which
 //! ranks form which groups ([`Mesh`]), what each holds whole and what as slices ([`Layout`]), how the
-//! parameters lie in memory ([`Units`]), which rank owns which slice of them ([`ShardMap`]), and the step as a list of actions ([`Action`]) that one
-//! interpreter walks. Nothing here starts a rank, opens a file or touches a tensor, so a plan can
+//! parameters lie in memory ([`Units`]), which rank owns which slice of them ([`ShardMap`]), and the
+//! step as a list of actions ([`Action`]) that one interpreter walks. Nothing here starts a rank, opens a file or touches a tensor, so a plan can
 //! be printed, compared and tested for any number of ranks on any machine.
 
 mod action;

@@ -152,9 +152,13 @@ impl ShardMap {
             position,
             ..
         } = self.pieces[piece];
-        let name = &units.units[unit].name;
+        let frozen = match buffer {
+            BufferKind::Frozen => " (frozen)",
+            BufferKind::Trainable => "",
+        };
+        let name = format!("{}{frozen}", units.units[unit].name);
         match self.pieces_of(unit, buffer).len() {
-            1 => name.clone(),
+            1 => name,
             count => format!("{name} {}/{count}", position + 1),
         }
     }

@@ -286,7 +286,7 @@ proptest! {
                 .sum();
             prop_assert!(traffic.gather <= most / s * (s - 1) * 2 * case.shape.accumulation);
         }
-        let replicate = 2.0 * (r - 1) as f64 / r as f64 * (trainable / s) as f64 * 4.0;
+        let replicate = 2.0 * (r - 1) as f64 / r as f64 * (trainable / s) as f64 * 2.0;
         prop_assert!((traffic.replicate as f64 - replicate).abs() <= 4.0 * case.map.pieces().len() as f64);
         prop_assert!(traffic.floor_reduce <= traffic.reduce);
         prop_assert!(traffic.floor_replicate <= traffic.replicate);

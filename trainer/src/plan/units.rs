@@ -92,9 +92,9 @@ impl Matrix {
 /// The buffer of a unit in which a matrix lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BufferKind {
-    /// Sharded, reduced and updated.
+    /// Reduced and updated.
     Trainable,
-    /// Held whole by every rank; never changes.
+    /// Never changes.
     Frozen,
 }
 

@@ -61,8 +61,8 @@ pub enum RunError {
     #[error(
         "replica check after step {step}: {} other weights than the rest of the {world} ranks. \
          Look for the hosts in the logs and test their memory and processors; then start again \
-         without them: the run goes on from its newest checkpoint. If the check fails on other \
-         hosts too, go on from an older checkpoint and report it.",
+         without them: the run goes on from its newest checkpoint, which passed this check. If it \
+         fails on other hosts too, please report it.",
         named(ranks)
     )]
     ReplicasDiffer {
@@ -73,6 +73,12 @@ pub enum RunError {
         /// Number of ranks.
         world: usize,
     },
+    /// The token data hold something that training has no use for.
+    #[error("{0}")]
+    Unusable(String),
+    /// What cannot happen.
+    #[error("{0}; this is a defect of Oxitron: please report it together with the config")]
+    Defect(&'static str),
     /// Another rank failed; its log says why.
     #[error("rank {rank} failed, see its log; this rank stops with it")]
     OtherRank {

@@ -72,8 +72,8 @@ impl Feed {
     /// The next step.
     pub(super) fn next(&mut self, device: Device) -> Result<StepData, RunError> {
         let Some((batch, wait)) = self.loader.next_batch()? else {
-            return Err(RunError::Plan(
-                "the stage asked for more steps than it has".to_owned(),
+            return Err(RunError::Defect(
+                "the stage asked for more steps than it has",
             ));
         };
         let micro_batches = batch.micro_batches.iter();
@@ -150,7 +150,7 @@ fn weighted_targets(sample: &Sample) -> Result<Vec<i64>, RunError> {
     let keep = |(&target, &weight): (&i64, &f32)| match weight {
         0.0 => Ok(NO_TARGET),
         1.0 => Ok(target),
-        _ => Err(RunError::Plan(format!(
+        _ => Err(RunError::Unusable(format!(
             "the token shards give a token the loss weight {weight}; 0 (not a target) and 1 are \
              supported: write the shards with those"
         ))),

@@ -33,7 +33,7 @@ impl<'a> Trainer<'a> {
     ) -> Result<Self, RunError> {
         let ranks = Ranks::new(comm)?;
         let plan = RunPlan::new(config, ranks.ranks, comm.local_world())?;
-        check_nodes(config, &ranks, comm.local_world())?;
+        check_nodes(config, &ranks, comm)?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let share = (cores / comm.local_world()).max(1);
         Threads::set(config.run.threads.unwrap_or(share))?;
@@ -198,8 +198,10 @@ impl<'a> Trainer<'a> {
     }
 }
 
-/// Refuses shard groups by node where nodes have different numbers of ranks.
-fn check_nodes(config: &Config, ranks: &Ranks, local_world: usize) -> Result<(), RunError> {
+/// Refuses shard groups by node where nodes have different numbers of ranks, or where neighbouring
+/// ranks, which form a group, are on different nodes.
+fn check_nodes(config: &Config, ranks: &Ranks, comm: &Comm) -> Result<(), RunError> {
+    let local_world = comm.local_world();
     let sum = control::sum(
         &ranks.world,
         &[local_world as f64],
@@ -214,8 +216,19 @@ fn check_nodes(config: &Config, ranks: &Ranks, local_world: usize) -> Result<(),
             ranks.rank
         )))
     };
+    let scattered = || {
+        Err(RunError::Plan(format!(
+            "`parallel.shard_size` is \"node\", but rank {} is number {} of the {local_world} on its \
+             node: ranks that follow each other are on different nodes. Let the launcher fill one \
+             node after the other (`mpirun --map-by slot`, `srun --distribution=block`)",
+            ranks.rank,
+            comm.local_rank()
+        )))
+    };
+    let in_order = ranks.rank % local_world == comm.local_rank();
     ranks.together(match config.parallel.shard_size {
         ShardSize::Node if !equal => refused(),
+        ShardSize::Node if !in_order => scattered(),
         _ => Ok(()),
     })
 }

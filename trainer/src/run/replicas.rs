@@ -22,11 +22,12 @@ pub(super) fn check(
     mesh: &Mesh,
     step: u64,
 ) -> Result<(), RunError> {
-    if ranks.ranks == 1 {
+    if mesh.replicate == 1 && (ranks.ranks == 1 || zero.holds_slices()) {
+        // Nobody holds what another holds.
         return Ok(());
     }
     let mine = zero.fingerprints()?;
-    let table = exchange(&mine, ranks, &mut zero.clock)?;
+    let table = exchange(&mine, ranks, &mut CommClock::default())?;
     let found = differing(&table, mesh);
     if found.is_empty() {
         return Ok(());

@@ -57,8 +57,11 @@ pub enum Outcome {
 pub fn train(config: &Config, comm: &Comm, options: &Options) -> Result<Outcome, RunError> {
     let mut trainer = Trainer::open(config, comm, options)?;
     let outcome = trainer.run();
-    trainer.close(&outcome)?;
-    outcome
+    let closed = trainer.close(&outcome);
+    // What ended the run matters more than that it could not be written down.
+    let outcome = outcome?;
+    closed?;
+    Ok(outcome)
 }
 
 /// A run under way on one rank.
@@ -97,13 +100,12 @@ impl<'a> Trainer<'a> {
             let mut stage = self.begin_stage()?;
             while self.progress.stage == stage.index {
                 let stop = self.step(&mut stage)?;
-                if self.config.guard.checks_replicas_after(self.progress.step) {
-                    let (mesh, step) = (&self.plan.layout.mesh, self.progress.step);
-                    let began = self.tracer.begin();
-                    replicas::check(&mut self.zero, &self.ranks, mesh, step)?;
-                    self.tracer.note("replica check", began);
-                }
                 let ended = self.progress.step_in_stage == stage.config.steps;
+                let saves = ended || stop || self.due(self.config.checkpoint.every_steps);
+                let (guard, step) = (&self.config.guard, self.progress.step);
+                if guard.checks_replicas_after(step) || (saves && guard.checks_replicas()) {
+                    self.check_replicas()?;
+                }
                 if ended || self.due(self.config.validation.every_steps) {
                     self.validate(&mut stage)?;
                 }
@@ -111,7 +113,7 @@ impl<'a> Trainer<'a> {
                     self.progress.stage += 1;
                     self.progress.step_in_stage = 0;
                 }
-                if ended || stop || self.due(self.config.checkpoint.every_steps) {
+                if saves {
                     let began = self.tracer.begin();
                     let saved = self.save();
                     self.ranks.together(saved)?;
@@ -127,6 +129,16 @@ impl<'a> Trainer<'a> {
 
     fn due(&self, every_steps: u64) -> bool {
         self.progress.step.is_multiple_of(every_steps)
+    }
+
+    /// Compares the weights of all ranks. It happens before every save too: a checkpoint is put
+    /// together from what different ranks hold, and would hide for ever that they differ.
+    fn check_replicas(&mut self) -> Result<(), RunError> {
+        let (mesh, step) = (&self.plan.layout.mesh, self.progress.step);
+        let began = self.tracer.begin();
+        replicas::check(&mut self.zero, &self.ranks, mesh, step)?;
+        self.tracer.note("replica check", began);
+        Ok(())
     }
 
     /// Enters the stage that the next step belongs to.

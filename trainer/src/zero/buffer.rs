@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use tch::{Device, Kind, Tensor};
 
-use super::{CommClock, ZeroError, pool::Pool};
+use super::{CommClock, ZeroError, pool::Pool, unit::torch_error};
 use crate::comm::Ticket;
 use crate::plan::{BufferKind, Holding, ShardMap};
 
@@ -18,8 +18,18 @@ struct PieceState {
     range: Range<usize>,
     /// The own slice: elements of the whole buffer.
     own: Range<usize>,
+    /// The same as elements of the owned state, the own slices of all pieces in order.
+    local: Range<usize>,
     /// Collectives under way, the oldest first.
-    tickets: Vec<(Ticket, &'static str)>,
+    under_way: Vec<UnderWay>,
+}
+
+#[derive(Debug)]
+struct UnderWay {
+    ticket: Ticket,
+    operation: &'static str,
+    /// It works on the own slice where that is held apart, and leaves the whole buffer alone.
+    apart: bool,
 }
 
 /// Weights or gradients of a unit as a rank holds them.
@@ -28,6 +38,8 @@ struct PieceState {
 /// Views that were made before it left see what the collective writes: they live for one action.
 #[derive(Debug)]
 pub(super) struct Buffer {
+    /// The unit's name, for messages.
+    unit: String,
     kind: Kind,
     length: usize,
     /// `[padded]`. Where the buffer is held as slices, only between `hold` and `release`.
@@ -41,7 +53,7 @@ impl Buffer {
     /// Zeros for one buffer of `unit`, as member `index` of the shard group holds it.
     pub(super) fn new(
         map: &ShardMap,
-        unit: usize,
+        (unit, name): (usize, &str),
         buffer: BufferKind,
         index: usize,
         holding: Holding,
@@ -49,13 +61,22 @@ impl Buffer {
     ) -> Result<Self, tch::TchError> {
         let length = map.padded_len(unit, buffer);
         let zeros = |length: usize| Tensor::f_zeros([length as i64], (kind, device));
-        let pieces = map.pieces_of(unit, buffer).map(|id| PieceState {
-            id,
-            range: map.pieces()[id].range.clone(),
-            own: map.slice(id, index),
-            tickets: Vec::new(),
+        let mut start = 0;
+        let pieces = map.pieces_of(unit, buffer).map(|id| {
+            let own = map.slice(id, index);
+            let local = start..start + own.len();
+            start = local.end;
+            PieceState {
+                id,
+                range: map.pieces()[id].range.clone(),
+                own,
+                local,
+                under_way: Vec::new(),
+            }
         });
+        let pieces: Vec<PieceState> = pieces.collect();
         Ok(Self {
+            unit: name.to_owned(),
             kind,
             length,
             whole: (holding == Holding::Whole)
@@ -64,7 +85,7 @@ impl Buffer {
             slices: (holding == Holding::Slices)
                 .then(|| zeros(map.owned_len(unit, buffer)))
                 .transpose()?,
-            pieces: pieces.collect(),
+            pieces,
         })
     }
 
@@ -83,12 +104,8 @@ impl Buffer {
         clock: &mut CommClock,
     ) -> Result<(), ZeroError> {
         let piece = &mut self.pieces[position];
-        for (ticket, operation) in piece.tickets.drain(..) {
-            let began = Instant::now();
-            let (_, traffic) = ticket.wait()?;
-            clock.count(operation, Some(piece.id), began, traffic);
-        }
-        Ok(())
+        let all = piece.under_way.len();
+        piece.wait_for(all, clock)
     }
 
     /// View of the own slice of a piece, after waiting for what is under way on it.
@@ -104,11 +121,13 @@ impl Buffer {
     /// Where the own slice of each piece lies in the whole buffer and in the owned state, which is
     /// those slices one after the other.
     pub(super) fn owned(&self) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
-        self.pieces.iter().scan(0, |start, piece| {
-            let local = *start..*start + piece.own.len();
-            *start = local.end;
-            Some((piece.own.clone(), local))
-        })
+        let pieces = self.pieces.iter();
+        pieces.map(|piece| (piece.own.clone(), piece.local.clone()))
+    }
+
+    /// Where the own slice of one piece lies in the owned state.
+    pub(super) fn local(&self, position: usize) -> Range<usize> {
+        self.pieces[position].local.clone()
     }
 
     /// Whether only the own slices last from step to step.
@@ -133,13 +152,17 @@ impl Buffer {
     }
 
     /// Gives the buffer for the whole back. The own slice of weights is not lost: it lies in the
-    /// slices all the time; that of gradients arrives there when they are reduced.
+    /// slices all the time; that of gradients arrives there when they are reduced, and may still be
+    /// on its way between replicas.
     pub(super) fn release(
         &mut self,
         pool: &mut Pool,
         clock: &mut CommClock,
     ) -> Result<(), ZeroError> {
-        self.whole(clock)?;
+        for piece in &mut self.pieces {
+            let on_whole = piece.under_way.iter().take_while(|one| !one.apart).count();
+            piece.wait_for(on_whole, clock)?;
+        }
         if self.sliced()
             && let Some(whole) = self.whole.take()
         {
@@ -178,7 +201,11 @@ impl Buffer {
             },
         };
         let ticket = collective(views).map_err(&torch)?;
-        self.pieces[position].tickets.push((ticket, operation));
+        self.pieces[position].under_way.push(UnderWay {
+            ticket,
+            operation,
+            apart: false,
+        });
         Ok(())
     }
 
@@ -190,27 +217,37 @@ impl Buffer {
         operation: &'static str,
         collective: impl FnOnce(Tensor, Option<&Ticket>) -> Ticket,
     ) -> Result<(), ZeroError> {
-        let own = self.own_view(position)?;
-        let tickets = &mut self.pieces[position].tickets;
-        let ticket = collective(own, tickets.last().map(|(ticket, _)| ticket));
-        tickets.push((ticket, operation));
+        let (own, apart) = (self.own_view(position)?, self.sliced());
+        let under_way = &mut self.pieces[position].under_way;
+        let ticket = collective(own, under_way.last().map(|last| &last.ticket));
+        under_way.push(UnderWay {
+            ticket,
+            operation,
+            apart,
+        });
         Ok(())
     }
 
     fn own_view(&self, position: usize) -> Result<Tensor, ZeroError> {
-        let own = &self.pieces[position].own;
+        let PieceState { own, local, .. } = &self.pieces[position];
         let view = match (&self.slices, &self.whole) {
-            (Some(slices), _) => {
-                let length = own.len();
-                slice_of(slices, &(position * length..(position + 1) * length))
-            }
+            (Some(slices), _) => slice_of(slices, local),
             (None, Some(whole)) => slice_of(whole, own),
             (None, None) => return Err(ZeroError::NotHeld),
         };
-        view.map_err(|source| ZeroError::Torch {
-            unit: "an exchanged buffer".to_owned(),
-            source,
-        })
+        view.map_err(torch_error(&self.unit))
+    }
+}
+
+impl PieceState {
+    /// Waits for the `count` oldest collectives under way.
+    fn wait_for(&mut self, count: usize, clock: &mut CommClock) -> Result<(), ZeroError> {
+        for one in self.under_way.drain(..count) {
+            let began = Instant::now();
+            let (_, traffic) = one.ticket.wait()?;
+            clock.count(one.operation, Some(self.id), began, traffic);
+        }
+        Ok(())
     }
 }
 

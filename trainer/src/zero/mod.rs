@@ -7,7 +7,7 @@
 //! computes with it. A step reduces each unit's gradient so that its slice arrives summed at the
 //! owner, sums that slice over the replicas, updates it, and gathers the new weights.
 //!
-//! A [`Buffer`](buffer::Buffer) knows what is under way on it: its contents are reached through
+//! A buffer knows what is under way on it: its contents are reached through
 //! functions that wait first.
 
 mod buffer;

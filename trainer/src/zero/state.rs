@@ -219,6 +219,11 @@ impl Zero {
         gradients.start_on_own(position, "replicate", replicate)
     }
 
+    /// Whether weights are held as slices, so that no other rank of the shard group has them.
+    pub fn holds_slices(&self) -> bool {
+        self.units.iter().any(|unit| unit.weights.sliced())
+    }
+
     /// Σ g² over this rank's slice of a piece of the reduced gradient, unscaled; zero on ranks
     /// other than the first of each replica group, so that the sum over all ranks counts every
     /// element once.
@@ -227,11 +232,12 @@ impl Zero {
     /// When a reduction failed.
     pub fn sum_of_squares(&mut self, piece: usize) -> Result<SumOfSquares, ZeroError> {
         let Piece { unit, position, .. } = self.map.pieces()[piece];
-        let sum = self.units[unit].sum_of_squares(position, &mut self.clock)?;
-        Ok(match self.groups.replica.index() {
-            0 => sum,
-            _ => SumOfSquares::default(),
-        })
+        let state = &mut self.units[unit];
+        if self.groups.replica.index() > 0 {
+            state.gradients.settle(position, &mut self.clock)?;
+            return Ok(SumOfSquares::default());
+        }
+        state.sum_of_squares(position, &mut self.clock)
     }
 
     /// Applies the optimizer to this rank's slice of a piece and clears its gradient. Weight decay

@@ -57,8 +57,15 @@ impl UnitState {
         device: Device,
     ) -> Result<Self, ZeroError> {
         let buffer = |buffer: BufferKind, holding: Holding, kind: Kind| {
-            Buffer::new(map, index, buffer, member, holding, (kind, device))
-                .map_err(torch_error(&unit.name))
+            Buffer::new(
+                map,
+                (index, unit.name.as_str()),
+                buffer,
+                member,
+                holding,
+                (kind, device),
+            )
+            .map_err(torch_error(&unit.name))
         };
         let weights = buffer(BufferKind::Trainable, layout.weights, compute)?;
         let owned = map.owned_len(index, BufferKind::Trainable);
@@ -152,7 +159,7 @@ impl UnitState {
         let torch = torch_error(&self.name);
         let gradient = self.gradients.own(position, clock)?;
         let weights = self.weights.own(position, clock)?;
-        let start = position * gradient.numel();
+        let start = self.weights.local(position).start;
         for Segment { range, decay } in &self.segments[position] {
             let state = |tensor: &Tensor| slice_of(tensor, range).map_err(&torch);
             let within = range.start - start..range.end - start;

@@ -41,7 +41,8 @@ pub(super) const CHUNK_BYTES: usize = 1 << 20;
 /// The least bytes that chunks shrink to when many peers share the scratch budget.
 const SMALL_CHUNK_BYTES: usize = 64 << 10;
 
-/// What the receive chunks of all peers and all rounds in flight may take together.
+/// What the receive chunks of all peers and all rounds in flight may take together, as far as
+/// [`SMALL_CHUNK_BYTES`] allows: above 128 members it takes more, a gigabyte at 4096.
 const SCRATCH_BYTES: usize = 32 << 20;
 
 /// A rank's place in a lane.
