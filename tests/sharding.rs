@@ -174,7 +174,8 @@ fn an_eighth_of_all_meshes_trains_alike_on_processes_as_ranks() {
             .entry(name.clone())
             .or_insert_with(|| alone.train(&fixture, &name));
         let learnt = reference.losses[0] - reference.losses[39];
-        assert!(learnt > 0.5, "it learns: {learnt}");
+        // Half frozen it learns slowly: by 0.2 in 40 steps.
+        assert!(learnt > 0.1, "it learns: {learnt}");
         let found = case.train(&fixture, &format!("case-{index}"));
         assert_eq!(found.losses.len(), 42);
         let mut worst = (0f64, 0f64);
