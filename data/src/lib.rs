@@ -22,6 +22,9 @@
 //!   place (epoch, window, offset) means the same for every sample length, and it can be sought.
 //! * **An epoch reads every training document exactly once**, and a stage that begins at the next
 //!   window edge ([`Cursor::next_stage`]) repeats nothing of its predecessor within an epoch.
+//! * **What is left out moves nothing.** Samples of [`SkipRanges`] are drawn and dropped: every
+//!   other sample is the one that it would have been, and batches are filled up with those that
+//!   follow.
 //! * **Validation documents** are chosen by a hash of their id and never train.
 //! * **What is read is checked**: digests per row group, ids against the vocabulary.
 //!
@@ -52,6 +55,7 @@ mod permutation;
 mod progress;
 mod sample;
 pub mod shard;
+mod skip;
 mod split;
 mod stream;
 mod tokenize;
@@ -72,6 +76,7 @@ pub use open::resolve;
 pub use permutation::Permutation;
 pub use progress::Progress;
 pub use sample::{BatchIndex, NO_TARGET, Piece, Sample, SampleIndex};
+pub use skip::SkipRanges;
 pub use split::is_validation;
 pub use stream::Stream;
 pub use tokenize::{TokenizeOptions, TokenizeReport, tokenize};

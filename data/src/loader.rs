@@ -20,7 +20,17 @@ pub struct RankBatch {
     pub tokens: u64,
     /// Positions of the whole global batch that predict a token.
     pub target_tokens: u64,
-    /// Where the data stand after this batch: what a checkpoint stores once it is trained on.
+    /// Index in the run of the first sample of the global batch. Not before where the stream stood:
+    /// samples that were left out may lie in between.
+    pub first_sample: u64,
+    /// Index in the run after the last sample of the global batch, where the next batch begins to
+    /// draw. The batch has `next_sample - first_sample` samples, less those in between that were
+    /// left out.
+    pub next_sample: u64,
+    /// Samples that were drawn for this batch and left out.
+    pub left_out: u64,
+    /// Where the data stand after this batch, at `next_sample`: what a checkpoint stores once it is
+    /// trained on.
     pub cursor: Cursor,
 }
 
@@ -112,7 +122,14 @@ impl Drop for Loader {
 }
 
 fn prepare(stream: &mut Stream, options: LoaderOptions) -> Result<RankBatch> {
+    let stood_at = stream.next_sample();
     let index = stream.next_batch(options.samples_per_batch)?;
+    let next_sample = stream.next_sample();
+    // Of the samples that a batch draws, those before its first are all left out.
+    let left_out = stream.skip().count_within(stood_at..next_sample);
+    let first_sample = (stood_at..next_sample)
+        .find(|&sample| !stream.skip().contains(sample))
+        .unwrap_or(next_sample);
     let assignment = assign(&index, options.ranks, options.micro_batch);
     let read = |slot: &Option<usize>| {
         slot.map(|sample| stream.dataset().read(&index.samples[sample]))
@@ -128,6 +145,9 @@ fn prepare(stream: &mut Stream, options: LoaderOptions) -> Result<RankBatch> {
         samples: index.samples.len(),
         tokens: index.tokens(),
         target_tokens: index.target_tokens(),
+        first_sample,
+        next_sample,
+        left_out,
         cursor: stream.cursor(),
     })
 }

@@ -5,6 +5,9 @@
 //! padding, so that a window begins at a sample's first position whatever `seq_len` is, and any
 //! place can be sought without replaying what came before. The mixture decides per sample which
 //! source is next.
+//!
+//! Samples that are to be left out ([`SkipRanges`]) are cut like all others and then dropped, so the
+//! samples after them are those that would have come after them anyway.
 
 use crate::cursor::{Cursor, SourceCursor};
 use crate::dataset::Dataset;
@@ -12,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::mixture;
 use crate::order::{EpochPlan, WindowIndex};
 use crate::sample::{BatchIndex, SampleIndex};
+use crate::skip::SkipRanges;
 use std::sync::Arc;
 
 /// Batches of packed samples from a place in the data on. Reads document lengths, never tokens.
@@ -20,6 +24,9 @@ pub struct Stream {
     dataset: Dataset,
     seq_len: usize,
     sources: Vec<SourceStream>,
+    /// Index in the run of the sample that is drawn next.
+    next_sample: u64,
+    skip: SkipRanges,
 }
 
 /// One source of a stream.
@@ -91,21 +98,34 @@ impl Stream {
             dataset: dataset.clone(),
             seq_len,
             sources,
+            next_sample: 0,
+            skip: SkipRanges::default(),
         })
     }
 
-    /// The next `samples` samples. After an error the stream stands where it stood before.
+    /// Says that the next sample has the index `next_sample` in the run, and leaves out the samples
+    /// of `skip`. Without this the next sample has the index 0 and none is left out.
+    pub fn leaving_out(mut self, next_sample: u64, skip: SkipRanges) -> Self {
+        self.next_sample = next_sample;
+        self.skip = skip;
+        self
+    }
+
+    /// The next `samples` samples that are not left out. After an error the stream stands where it stood before.
     ///
     /// # Errors
     /// [`Error::Exhausted`] when `max_epochs` of all sources leave fewer samples; shards that
     /// cannot be read.
     pub fn next_batch(&mut self, samples: usize) -> Result<BatchIndex> {
-        let before = self.cursor();
+        let before = (self.cursor(), self.next_sample);
         let mut batch = Vec::with_capacity(samples);
         while batch.len() < samples {
-            let problem = match self.next_sample() {
+            let problem = match self.draw() {
                 Ok(Some(sample)) => {
-                    batch.push(sample);
+                    if !self.skip.contains(self.next_sample) {
+                        batch.push(sample);
+                    }
+                    self.next_sample += 1;
                     continue;
                 }
                 Ok(None) => Error::Exhausted {
@@ -115,9 +135,10 @@ impl Stream {
                 },
                 Err(error) => error,
             };
-            for (source, place) in self.sources.iter_mut().zip(before.sources) {
+            for (source, place) in self.sources.iter_mut().zip(before.0.sources) {
                 source.cursor = place;
             }
+            self.next_sample = before.1;
             return Err(problem);
         }
         Ok(BatchIndex { samples: batch })
@@ -134,11 +155,30 @@ impl Stream {
         }
     }
 
-    /// How many samples are left within `max_epochs`, counted up to `enough`.
+    /// Index in the run of the sample after the last one drawn: where the cursor stands, counted
+    /// in samples.
+    pub fn next_sample(&self) -> u64 {
+        self.next_sample
+    }
+
+    /// Samples of the run that this stream leaves out.
+    pub fn skip(&self) -> &SkipRanges {
+        &self.skip
+    }
+
+    /// How many samples are left within `max_epochs`, counted up to `enough`. Those that are left
+    /// out do not count.
     ///
     /// # Errors
     /// Shards that cannot be read.
     pub fn samples_left(&mut self, enough: u64) -> Result<u64> {
+        let draws = self.draws_left(self.skip.draws_for(self.next_sample, enough))?;
+        let drawn = self.next_sample..self.next_sample.saturating_add(draws);
+        Ok(draws - self.skip.count_within(drawn))
+    }
+
+    /// The same with those that are left out.
+    fn draws_left(&mut self, enough: u64) -> Result<u64> {
         let mut left = 0u64;
         for source in self.sources.iter_mut().filter(|source| source.weight > 0.0) {
             left += source.samples_left(&self.dataset, self.seq_len as u64, enough - left)?;
@@ -159,7 +199,8 @@ impl Stream {
         &self.dataset
     }
 
-    fn next_sample(&mut self) -> Result<Option<SampleIndex>> {
+    /// Cuts the next sample; `None` when the data are used up.
+    fn draw(&mut self) -> Result<Option<SampleIndex>> {
         let mut weights: Vec<Option<f64>> = self
             .sources
             .iter()

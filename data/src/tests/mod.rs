@@ -4,6 +4,7 @@
 mod locking;
 mod ordering;
 mod reading;
+mod skipping;
 
 use crate::shard::{DocumentRow, ShardHeader, ShardWriter};
 use crate::{BatchIndex, Cursor, Dataset, DatasetSpec, Piece, SampleIndex, SourceSpec};
