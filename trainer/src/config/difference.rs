@@ -30,13 +30,16 @@ impl std::fmt::Display for Difference {
 /// for a whole section.
 ///
 /// Paths of data are here because the dataset lock tells whether the contents changed, and
-/// `init_from` because an existing run does not read it again.
+/// `init_from` because an existing run does not read it again. All of `[guard]` is here although
+/// `skip_samples` and the policy for spikes do change the result: leaving out a bad stretch is what
+/// a run is stopped and resumed for, and the checkpoint records what was left out.
 const FREE: &[&str] = &[
     "run.name",
     "run.dir",
     "run.device",
     "run.threads",
     "run.trace_steps",
+    "run.time_limit",
     "model.preset",
     "model.init_from",
     // Stages hold the value that counts.

@@ -5,8 +5,8 @@
 use super::schema::Bounds::{AboveOne, BelowOne, NotNegative, Positive, UpToOne};
 use super::schema::Fallback::{Absent, From, Is, Required, Rule};
 use super::schema::Kind::{
-    Boolean, Choice, ChoiceOrInteger, FilePattern, Integer, IntegerPair, Name, Number, Pair, Path,
-    Patterns, Section, Sections, Shares, Text,
+    Boolean, Choice, ChoiceOrInteger, FilePattern, Integer, IntegerPair, IntegerPairs, Name,
+    Number, Pair, Path, Patterns, Section, Sections, Shares, Text, TimeSpan,
 };
 use super::schema::{Fallback, Key, Kind};
 
@@ -66,6 +66,9 @@ pub(super) const RUN: &[Key] = &[
     key("trace_steps", IntegerPair(1, MAX_STEPS), Absent("no trace"), "steps",
         "First and last step, counted from 1, both included, of which every rank writes a trace \
          into `run.dir/trace/`, for Perfetto or `chrome://tracing`."),
+    key("time_limit", TimeSpan, Absent("no limit"), "since the start of the attempt",
+        "After this wall-clock time the run stops with a save and exits with code 75, to be resumed. \
+         Leave room for one step and one save before the job itself is ended."),
 ];
 
 /// `[model]`
@@ -182,6 +185,9 @@ pub(super) const OPTIMIZER: &[Key] = &[
         "Decoupled weight decay."),
     key("no_decay", Patterns, Is("[\"*norm.weight\", \"*.bias\"]"), "",
         "Tensors without weight decay, matched like `model.freeze`."),
+    key("moments_dtype", Choice(&["fp32", "bf16"]), Is("\"fp32\""), "",
+        "Number format in which the moments are kept. bf16 saves 4 bytes per parameter; they are \
+         computed in fp32 and rounded to nearest when stored."),
     key("clip_norm", Number(NotNegative), Is("1.0"), "",
         "Gradients are scaled down to this global norm; 0 turns clipping off."),
     key("warmup_steps", STEPS, Is("0"), "steps", "Linear warm-up at the start of a stage."),
@@ -201,6 +207,18 @@ pub(super) const CHECKPOINT: &[Key] = &[
     key("every_steps", Integer(1, MAX_STEPS), Is("500"), "steps",
         "Save interval; the end of each stage is saved too."),
     key("keep", Integer(1, 1 << 20), Is("3"), "checkpoints", "Newest checkpoints kept."),
+    key("keep_every", Integer(1, MAX_STEPS), Absent("none"), "steps",
+        "Checkpoints whose step is a multiple of this are kept for good, beside the newest; a \
+         multiple of `every_steps`."),
+    key("ephemeral_every_steps", Integer(1, MAX_STEPS), Absent("none"), "steps",
+        "Interval of saves in between, less than `every_steps`. Such a checkpoint goes as soon as a \
+         newer one is there, and does not count for `keep`."),
+    key("async", Boolean, Is("true"), "",
+        "Training goes on while a checkpoint is written, from a copy in memory; `false` waits for \
+         the disk."),
+    key("when_busy", Choice(&["wait", "skip"]), Is("\"wait\""), "",
+        "What a periodic save does while the one before is still being written: wait for it, or be \
+         left out. The save at a stage's end and on a stop always waits."),
     key("dir", Path, Rule("`checkpoints` in `run.dir`"), "", "Where checkpoints lie."),
 ];
 
@@ -211,6 +229,34 @@ pub(super) const GUARD: &[Key] = &[
         "Interval at which ranks compare hashes of the weights that they hold in common; it happens \
          before every save too. Where one differs the run stops and names the rank. 0 turns it \
          off."),
+    key("skip_samples", IntegerPairs(0, 1 << 62), Is("[]"), "samples",
+        "Samples to leave out, as a list of `[first, end]` without the end, by their index in the \
+         run: counted from 0 over all stages, with those that were left out. Batches are filled up \
+         with the samples that follow."),
+    key("spike_policy", Choice(&["off", "skip", "rollback"]), Is("\"off\""), "",
+        "What follows a step whose loss or gradient norm stands out: nothing, its update is not \
+         applied, or the run goes back to its last checkpoint and leaves out the samples since."),
+    key("spike_window", Integer(16, 1 << 20), Is("128"), "steps",
+        "Accepted steps that a step is compared with; begins once a quarter of them, at least 16, \
+         are there."),
+    key("spike_zscore", Number(Positive), Is("6.0"), "standard deviations",
+        "How far above the mean of the window a step stands out."),
+    key("max_skipped_steps", STEPS, Is("10"), "steps",
+        "The most steps that may be skipped in a row, for whatever reason; one more ends the run."),
+    key("max_rollbacks", Integer(0, 1 << 20), Is("5"), "per run",
+        "The most times that the run goes back by itself; one more ends it."),
+    key("start_timeout", TimeSpan, Is("\"30m\""), "",
+        "The longest time from the start of a rank to the end of its first step."),
+    key("hang_timeout", TimeSpan, Is("\"10m\""), "",
+        "The longest time in which a rank makes no progress; then it counts as hung. Longer than \
+         the longest step, validation or save."),
+    key("lease", TimeSpan, Is("\"30s\""), "",
+        "The longest time without a sign of life of a rank; then it counts as dead."),
+    key("stop_grace", TimeSpan, Is("\"10s\""), "",
+        "How long ranks have to leave by themselves when one is dead or hung, before they are \
+         ended."),
+    key("watch_interface", Text, Absent("chosen by the system"), "",
+        "Network interface (`eth0`) or address over which ranks watch each other."),
 ];
 
 /// `[[stage]]`

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::model::Dtype;
 use super::patterns::Patterns;
 use super::schedule::{DecayShape, ScheduleKind};
 
@@ -18,6 +19,8 @@ pub struct OptimizerConfig {
     pub weight_decay: f64,
     /// Tensors without weight decay.
     pub no_decay: Patterns,
+    /// Number format in which the moments are kept; they are computed in fp32.
+    pub moments_dtype: Dtype,
     /// Greatest global gradient norm; 0 turns clipping off (see [`OptimizerConfig::clip`]).
     pub clip_norm: f64,
     /// Linear warm-up of the stages that do not set their own, in steps.

@@ -6,10 +6,11 @@ use serde::{Deserialize, Serialize};
 
 use super::data::DataConfig;
 use super::error::{ConfigError, Problem};
+use super::guard::GuardConfig;
 use super::model::{Dtype, ModelConfig};
 use super::optimizer::OptimizerConfig;
 use super::parallel::ParallelConfig;
-use super::run::{CheckpointConfig, GuardConfig, RunConfig, ValidationConfig};
+use super::run::{CheckpointConfig, RunConfig, ValidationConfig};
 use super::source::{Layer, Sources};
 use super::stage::StageConfig;
 use super::{keys, overrides, resolve, schema, tree, validate};

@@ -1,8 +1,10 @@
-//! `[run]`, `[validation]`, `[checkpoint]` and `[guard]`: how a run is carried out.
+//! `[run]`, `[validation]` and `[checkpoint]`: how a run is carried out.
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+
+use super::time_span::TimeSpan;
 
 /// `[run]`: what the run is called, where it lies, where it runs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,6 +23,10 @@ pub struct RunConfig {
     /// Steps of which every rank writes a trace; `None` writes none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub trace_steps: Option<TraceSteps>,
+    /// Time since the start of the attempt after which the run stops with a save; `None` is no
+    /// limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub time_limit: Option<TimeSpan>,
 }
 
 /// A stretch of steps that are traced, ends included; `[first, last]` in TOML.
@@ -80,26 +86,28 @@ pub struct CheckpointConfig {
     pub every_steps: u64,
     /// Newest checkpoints kept, at least 1.
     pub keep: usize,
+    /// Checkpoints whose step is a multiple of this are kept for good; a multiple of `every_steps`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keep_every: Option<u64>,
+    /// Interval in steps of saves in between, each of which goes as soon as a newer checkpoint is
+    /// there; less than `every_steps`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ephemeral_every_steps: Option<u64>,
+    /// Checkpoints are written while training goes on.
+    #[serde(rename = "async")]
+    pub asynchronous: bool,
+    /// What a periodic save does while the one before is still being written.
+    pub when_busy: WhenBusy,
     /// Where checkpoints lie (absolute path).
     pub dir: PathBuf,
 }
 
-/// `[guard]`: what is watched while the run goes on.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct GuardConfig {
-    /// Interval in steps at which replicas are compared; 0 turns it off (see
-    /// [`GuardConfig::checks_replicas_after`]).
-    pub replica_check_steps: u64,
-}
-
-impl GuardConfig {
-    /// Whether replicas are compared at all: at the interval, and before every save.
-    pub fn checks_replicas(&self) -> bool {
-        self.replica_check_steps > 0
-    }
-
-    /// Whether the interval asks for a comparison after a step, counted from 1.
-    pub fn checks_replicas_after(&self, step: u64) -> bool {
-        self.replica_check_steps > 0 && step.is_multiple_of(self.replica_check_steps)
-    }
+/// What a periodic save does while the one before is still being written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WhenBusy {
+    /// It waits for it.
+    Wait,
+    /// It is left out.
+    Skip,
 }

@@ -6,6 +6,7 @@
 
 use super::error::{ConfigError, Problem, refuse_if_any};
 use super::source::{Origin, Sources};
+use super::time_span::TimeSpan;
 use super::tree::{Node, Table, Value};
 
 /// One key of a section.
@@ -31,6 +32,10 @@ pub(super) enum Kind {
     Pair(Bounds),
     /// Two whole numbers of this range in a list; which of them is greater is not looked at here.
     IntegerPair(u64, u64),
+    /// A list of such pairs.
+    IntegerPairs(u64, u64),
+    /// A length of time: a text such as `11h30m`, or a whole number of seconds.
+    TimeSpan,
     Boolean,
     /// A name used in paths and tables: letters, digits, `_`, `-` and `.`, not beginning with `.`.
     Name,
@@ -118,6 +123,10 @@ impl Kind {
             Self::IntegerPair(low, high) => {
                 format!("a list of two whole numbers from {low} to {high}")
             }
+            Self::IntegerPairs(low, high) => {
+                format!("a list of pairs of whole numbers from {low} to {high}")
+            }
+            Self::TimeSpan => "a length of time such as `\"11h30m\"`, or whole seconds".to_owned(),
             Self::Boolean => "true or false".to_owned(),
             Self::Name => "a name (string of letters, digits, `_`, `-`, `.`)".to_owned(),
             Self::Text => "a string".to_owned(),
@@ -232,6 +241,28 @@ impl Check<'_> {
                     |item: &Node| item.unsigned().is_some_and(|n| (low..=high).contains(&n));
                 list.len() == 2 && list.iter().all(allowed)
             }
+            (Kind::IntegerPairs(low, high), Value::List(list)) => {
+                for (index, item) in list.iter().enumerate() {
+                    self.value(
+                        item,
+                        Kind::IntegerPair(low, high),
+                        &format!("{path}.{index}"),
+                    );
+                }
+                true
+            }
+            (Kind::TimeSpan, Value::Text(text)) => {
+                if let Err(reason) = TimeSpan::parse(text) {
+                    return self.time_span(node, &reason, path);
+                }
+                true
+            }
+            (Kind::TimeSpan, Value::Integer(_)) => {
+                match node.unsigned().map(TimeSpan::of_seconds) {
+                    Some(Err(reason)) => return self.time_span(node, &reason, path),
+                    seconds => seconds.is_some(),
+                }
+            }
             (Kind::Boolean, Value::Boolean(_)) => true,
             (Kind::Name, Value::Text(text)) => is_name(text),
             (Kind::Text | Kind::Path | Kind::FilePattern, Value::Text(text)) => !text.is_empty(),
@@ -287,7 +318,11 @@ impl Check<'_> {
 
     fn wrong(&mut self, node: &Node, path: &str, expected: &str) {
         let message = format!("`{path}` is {}, it must be {expected}", node.describe());
-        let key = path.rsplit('.').next().unwrap_or(path);
+        // An element of a list has no name of its own.
+        let key = match path.rsplit('.').next() {
+            Some(name) if !is_numeric(name) => name,
+            _ => path,
+        };
         let help = match &node.value {
             Value::Text(text) if is_numeric(text) => {
                 format!("write `{key} = {text}`, without quotes")
@@ -312,6 +347,17 @@ impl Check<'_> {
             Some(near) => format!("did you mean {near:?}?"),
             None => "use one of these values".to_owned(),
         };
+        self.problems
+            .push(self.sources.problem(&node.origin, message, help));
+    }
+
+    fn time_span(&mut self, node: &Node, reason: &str, path: &str) {
+        let message = format!(
+            "`{path}` is {}, which {reason}; it must be a length of time",
+            node.describe()
+        );
+        let help = "write numbers with the units d, h, m, s and ms, the greatest first, such as \
+                    \"11h30m\" or \"45s\", or whole seconds without quotes";
         self.problems
             .push(self.sources.problem(&node.origin, message, help));
     }

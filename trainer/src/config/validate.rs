@@ -3,6 +3,7 @@
 //! They read the typed configuration and use the tree only to point at the text.
 
 use super::error::{ConfigError, Problem, refuse_if_any};
+use super::guard::SampleRange;
 use super::root::Config;
 use super::run::TraceSteps;
 use super::source::Sources;
@@ -18,6 +19,8 @@ pub(super) fn validate(config: &Config, tree: &Node, sources: &Sources) -> Resul
     };
     check.heads(config);
     check.trace(config);
+    check.saves(config);
+    check.skipped_samples(config);
     check.names(
         "data.source",
         config.data.sources.iter().map(|source| &source.name),
@@ -87,6 +90,53 @@ impl Check<'_> {
             );
             let help = format!("use [{last}, {first}]");
             self.problem(&["run.trace_steps"], message, help);
+        }
+    }
+
+    fn saves(&mut self, config: &Config) {
+        let checkpoint = &config.checkpoint;
+        let every = checkpoint.every_steps;
+        if let Some(kept) = checkpoint.keep_every
+            && !kept.is_multiple_of(every)
+        {
+            let message = format!(
+                "`checkpoint.keep_every` is {kept}, it must be a multiple of \
+                 `checkpoint.every_steps` ({every})"
+            );
+            let below = kept / every * every;
+            let help = match below {
+                0 => format!("use {every}"),
+                _ => format!("use {below} or {}", below + every),
+            };
+            let paths = ["checkpoint.keep_every", "checkpoint.every_steps"];
+            self.problem(&paths, message, help);
+        }
+        if let Some(between) = checkpoint.ephemeral_every_steps
+            && between >= every
+        {
+            let message = format!(
+                "`checkpoint.ephemeral_every_steps` is {between}, it must be less than \
+                 `checkpoint.every_steps` ({every}): no save would lie in between"
+            );
+            let help = "use a smaller number, or remove it";
+            let paths = ["checkpoint.ephemeral_every_steps", "checkpoint.every_steps"];
+            self.problem(&paths, message, help.to_owned());
+        }
+    }
+
+    fn skipped_samples(&mut self, config: &Config) {
+        for (index, range) in config.guard.skip_samples.iter().enumerate() {
+            let SampleRange { first, end } = *range;
+            if first < end {
+                continue;
+            }
+            let path = format!("guard.skip_samples.{index}");
+            let message = format!(
+                "`{path}` is [{first}, {end}], its end, which is not left out itself, must be after \
+                 its first"
+            );
+            let help = format!("use [{}, {}]", first.min(end), first.max(end) + 1);
+            self.problem(&[&path], message, help);
         }
     }
 

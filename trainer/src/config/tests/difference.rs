@@ -25,6 +25,7 @@ fn free_keys_do_not_count() {
         "run.device=cpu",
         "run.threads=2",
         "run.trace_steps=[1, 2]",
+        "run.time_limit=11h30m",
         "parallel.grad_reduce_dtype=bf16",
         "parallel.overlap=false",
         "parallel.zero_stage=3",
@@ -34,7 +35,15 @@ fn free_keys_do_not_count() {
         "checkpoint.every_steps=7",
         "checkpoint.keep=9",
         "checkpoint.dir=/c",
+        "checkpoint.keep_every=14",
+        "checkpoint.ephemeral_every_steps=2",
+        "checkpoint.async=false",
+        "checkpoint.when_busy=skip",
         "guard.replica_check_steps=0",
+        "guard.skip_samples=[[3, 9]]",
+        "guard.spike_policy=rollback",
+        "guard.spike_zscore=5",
+        "guard.hang_timeout=90",
         "stage.0.micro_batch=4",
         "data.tokenizer=/t.json",
         "data.lock=/l",
@@ -63,6 +72,10 @@ fn what_changes_the_result_is_named_with_both_values() {
     assert_eq!(
         differences(&["data.source.0.max_epochs=2"], 0),
         ["data.source.0.max_epochs: absent → 2.0"]
+    );
+    assert_eq!(
+        differences(&["optimizer.moments_dtype=bf16"], 0),
+        ["optimizer.moments_dtype: \"fp32\" → \"bf16\""]
     );
     assert_eq!(
         differences(&["model.freeze=[\"*\"]"], 0),

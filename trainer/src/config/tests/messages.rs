@@ -35,7 +35,7 @@ fn a_key_without_a_neighbour_gets_the_list() {
    |
 18 | zzz = 1
    | ^^^
-   = help: the keys here are: every_steps, keep, dir",
+   = help: the keys here are: every_steps, keep, keep_every, ephemeral_every_steps, async, when_busy, dir",
     );
 }
 
@@ -154,6 +154,87 @@ fn traced_steps_are_two_and_in_order() {
    |               ^^^^^^
    = help: give `trace_steps` a list of two whole numbers from 1 to 1000000000",
     );
+}
+
+#[test]
+fn a_length_of_time_has_units() {
+    let run = |line: &str| refusal(&format!("{MINIMAL}\n[run]\n{line}\n"));
+    assert_text(
+        &run("time_limit = \"11.5h\""),
+        "`run.time_limit` is the string \"11.5h\", which has the unknown unit \".\"; it must be a \
+length of time
+  --> run.toml:18:14
+   |
+18 | time_limit = \"11.5h\"
+   |              ^^^^^^^
+   = help: write numbers with the units d, h, m, s and ms, the greatest first, such as \"11h30m\" or \
+\"45s\", or whole seconds without quotes",
+    );
+    assert!(run("time_limit = \"90\"").contains("which has no unit after 90"));
+    assert!(run("time_limit = 0").contains("is 0, which is no time at all"));
+    assert_text(
+        &run("time_limit = 1.5"),
+        "`run.time_limit` is 1.5, it must be a length of time such as `\"11h30m\"`, or whole seconds
+  --> run.toml:18:14
+   |
+18 | time_limit = 1.5
+   |              ^^^
+   = help: give `time_limit` a length of time such as `\"11h30m\"`, or whole seconds",
+    );
+    assert!(run("time_limit = -5").contains("is -5, it must be a length of time"));
+}
+
+#[test]
+fn samples_to_leave_out_are_half_open_ranges() {
+    let guard = |line: &str| refusal(&format!("{MINIMAL}\n[guard]\n{line}\n"));
+    assert_text(
+        &guard("skip_samples = [[1, 2], [7, 7]]"),
+        "`guard.skip_samples.1` is [7, 7], its end, which is not left out itself, must be after its \
+first
+  --> run.toml:18:25
+   |
+18 | skip_samples = [[1, 2], [7, 7]]
+   |                         ^^^^^^
+   = help: use [7, 8]",
+    );
+    assert_text(
+        &guard("skip_samples = [[1, 2, 3]]"),
+        "`guard.skip_samples.0` is the list [1, 2, 3], it must be a list of two whole numbers from 0 \
+to 4611686018427387904
+  --> run.toml:18:17
+   |
+18 | skip_samples = [[1, 2, 3]]
+   |                 ^^^^^^^^^
+   = help: give `guard.skip_samples.0` a list of two whole numbers from 0 to 4611686018427387904",
+    );
+    assert!(guard("skip_samples = [3, 9]").contains("`guard.skip_samples.0` is 3, it must be"));
+    assert!(guard("spike_window = 15").contains("a whole number from 16 to"));
+    assert!(guard("spike_zscore = 0").contains("a number > 0"));
+}
+
+#[test]
+fn saves_fit_into_each_other() {
+    let checkpoint = |lines: &str| refusal(&format!("{MINIMAL}\n[checkpoint]\n{lines}\n"));
+    assert_text(
+        &checkpoint("every_steps = 100\nkeep_every = 250"),
+        "`checkpoint.keep_every` is 250, it must be a multiple of `checkpoint.every_steps` (100)
+  --> run.toml:19:14
+   |
+19 | keep_every = 250
+   |              ^^^
+   = help: use 200 or 300",
+    );
+    assert_text(
+        &checkpoint("ephemeral_every_steps = 500"),
+        "`checkpoint.ephemeral_every_steps` is 500, it must be less than `checkpoint.every_steps` \
+(500): no save would lie in between
+  --> run.toml:18:25
+   |
+18 | ephemeral_every_steps = 500
+   |                         ^^^
+   = help: use a smaller number, or remove it",
+    );
+    assert!(checkpoint("when_busy = \"wiat\"").contains("did you mean \"wait\"?"));
 }
 
 #[test]

@@ -71,6 +71,9 @@ fn every_choice_is_a_value_of_its_type() {
             &["cosine", "linear", "constant", "wsd"],
         ),
         ("optimizer.decay_shape", &["sqrt", "linear", "cosine"]),
+        ("optimizer.moments_dtype", &["fp32", "bf16"]),
+        ("checkpoint.when_busy", &["wait", "skip"]),
+        ("guard.spike_policy", &["off", "skip", "rollback"]),
         ("stage.0.optimizer", &["keep", "reset"]),
     ];
     let table: String = reference().into_iter().map(|(_, table)| table).collect();

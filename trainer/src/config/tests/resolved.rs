@@ -5,7 +5,9 @@ use std::path::Path;
 use proptest::prelude::*;
 
 use super::{MINIMAL, load, load_with, minimal_with};
-use crate::config::{Config, Device, Dtype, DtypeChoice, Recompute};
+use crate::config::{
+    Config, Device, Dtype, DtypeChoice, Recompute, SpikePolicy, TimeSpan, WhenBusy,
+};
 
 /// Loads the resolved text from another folder under another name.
 fn reload(config: &Config) -> Config {
@@ -71,6 +73,11 @@ fn every_default_is_written_out() {
         "grad_reduce_dtype",
         "prefetch_units",
         "replica_check_steps",
+        "skip_samples",
+        "spike_policy",
+        "start_timeout",
+        "async",
+        "moments_dtype",
         "init_std",
         "window_tokens",
         "eps",
@@ -82,6 +89,38 @@ fn every_default_is_written_out() {
             "{key} is not in\n{text}"
         );
     }
+}
+
+#[test]
+fn guard_and_save_keys_resolve() {
+    let sets = [
+        "run.time_limit=90m",
+        "guard.skip_samples=[[64, 128], [100, 140]]",
+        "guard.lease=5",
+        "guard.watch_interface=eth0",
+        "checkpoint.keep_every=1000",
+        "checkpoint.ephemeral_every_steps=50",
+        "checkpoint.async=false",
+    ];
+    let config = load_with(MINIMAL, &sets).unwrap();
+    let seconds = |span: TimeSpan| span.duration().as_secs();
+    assert_eq!(config.run.time_limit.map(seconds), Some(5400));
+    assert_eq!(seconds(config.guard.lease), 5);
+    assert_eq!(seconds(config.guard.start_timeout), 1800);
+    let ranges: Vec<std::ops::Range<u64>> = config
+        .guard
+        .skip_samples
+        .iter()
+        .map(|range| (*range).into())
+        .collect();
+    assert_eq!(ranges, [64..128, 100..140]);
+    assert_eq!(config.guard.spike_policy, SpikePolicy::Off);
+    assert_eq!(config.checkpoint.when_busy, WhenBusy::Wait);
+    assert!(!config.checkpoint.asynchronous);
+    let text = config.resolved_toml().unwrap();
+    assert!(text.contains("time_limit = \"1h30m\""), "{text}");
+    assert!(text.contains("lease = \"5s\""), "{text}");
+    assert_eq!(reload(&config), config);
 }
 
 #[test]
