@@ -39,6 +39,7 @@ pub mod checkpoint;
 pub mod comm;
 pub mod config;
 pub mod convert;
+pub mod faults;
 pub mod generate;
 pub mod metrics;
 pub mod model;

@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::durable::sync_folder;
+use super::disk::{self, sync_folder, sync_parent};
 use super::manifest::MANIFEST;
 use super::{Checkpoint, Error};
 
@@ -199,14 +199,11 @@ pub fn remove_stale(dir: &Path, in_progress: Option<&Path>) -> Result<Vec<PathBu
 /// A file or folder that cannot be deleted.
 pub fn delete(dir: &Path) -> Result<(), Error> {
     let manifest = dir.join(MANIFEST);
-    match fs::remove_file(&manifest) {
+    match disk::remove_file(&manifest) {
         Ok(()) => sync_folder(dir)?,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(Error::io("delete", manifest)(error)),
+        Err(error) if error.is_not_found() => {}
+        Err(error) => return Err(error),
     }
-    fs::remove_dir_all(dir).map_err(Error::io("delete", dir))?;
-    match dir.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => sync_folder(parent),
-        _ => Ok(()),
-    }
+    disk::remove_tree(dir)?;
+    sync_parent(dir)
 }

@@ -1,33 +1,15 @@
 //! Files that are on disk when a function returns, and whose bytes have checksums.
 
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use xxhash_rust::xxh3::Xxh3;
 
 use super::Error;
+use super::disk::{self, NewFile, sync_folder};
 use super::manifest::{FileEntry, FileKind, FormatLimits};
 use super::seal::hex;
-
-/// Makes the entries of a folder durable: names that were created, renamed or removed in it.
-pub(crate) fn sync_folder(dir: &Path) -> Result<(), Error> {
-    File::open(dir)
-        .and_then(|folder| folder.sync_all())
-        .map_err(Error::io("sync", dir))
-}
-
-/// Creates a folder with its parents and makes it durable.
-pub(crate) fn create_folder(dir: &Path) -> Result<(), Error> {
-    if dir.is_dir() {
-        return Ok(());
-    }
-    fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
-    match dir.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => sync_folder(parent),
-        _ => Ok(()),
-    }
-}
 
 /// Writes a small file under a temporary name, makes it durable and renames it into place.
 pub(crate) fn write_file(dir: &Path, name: &str, bytes: &[u8]) -> Result<(), Error> {
@@ -45,7 +27,7 @@ pub(crate) struct DurableFile {
     dir: PathBuf,
     name: String,
     partial: PathBuf,
-    file: Option<File>,
+    file: Option<NewFile>,
     bytes: u64,
     hasher: Xxh3,
     chunks: Vec<String>,
@@ -55,7 +37,9 @@ impl DurableFile {
     /// Starts a file `name` in the existing folder `dir`.
     pub(crate) fn create(dir: &Path, name: &str) -> Result<Self, Error> {
         let partial = dir.join(format!(".{name}.partial"));
-        let file = File::create(&partial).map_err(Error::io("create", &partial))?;
+        let file = NewFile::create(&partial).inspect_err(|_| {
+            let _ = disk::remove_file(&partial);
+        })?;
         Ok(Self {
             dir: dir.to_owned(),
             name: name.to_owned(),
@@ -74,8 +58,7 @@ impl DurableFile {
             let room = (FormatLimits::CHUNK_BYTES - filled) as usize;
             let (now, later) = bytes.split_at(room.min(bytes.len()));
             if let Some(file) = &mut self.file {
-                file.write_all(now)
-                    .map_err(Error::io("write", &self.partial))?;
+                file.write(now)?;
             }
             self.hasher.update(now);
             self.bytes += now.len() as u64;
@@ -99,10 +82,9 @@ impl DurableFile {
             self.end_chunk();
         }
         if let Some(file) = &self.file {
-            file.sync_all().map_err(Error::io("sync", &self.partial))?;
+            file.sync()?;
         }
-        let path = self.dir.join(&self.name);
-        fs::rename(&self.partial, &path).map_err(Error::io("rename a file to", &path))?;
+        disk::rename(&self.partial, &self.dir.join(&self.name))?;
         self.file = None;
         Ok(FileEntry {
             name: self.name.clone(),
@@ -118,7 +100,7 @@ impl Drop for DurableFile {
     fn drop(&mut self) {
         if self.file.take().is_some() {
             // Nothing to report to: the error that ended the writing is on its way already.
-            let _ = fs::remove_file(&self.partial);
+            let _ = disk::remove_file(&self.partial);
         }
     }
 }

@@ -156,9 +156,22 @@ pub enum Error {
         /// How long was waited.
         waited: Duration,
     },
+    /// A save was given up because somebody asked for it. Nothing was committed.
+    #[error("{}: save `{save_id}` was given up; nothing was committed", .dir.display())]
+    Cancelled {
+        /// The folder of the save.
+        dir: PathBuf,
+        /// The save.
+        save_id: String,
+    },
 }
 
 impl Error {
+    /// Whether a file or folder was not there.
+    pub(crate) fn is_not_found(&self) -> bool {
+        matches!(self, Self::Io { cause, .. } if cause.kind() == io::ErrorKind::NotFound)
+    }
+
     /// Makes a mapping for `map_err` on an operation on `path`.
     pub(crate) fn io(
         action: &'static str,

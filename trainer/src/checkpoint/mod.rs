@@ -48,6 +48,7 @@
 
 mod catalogue;
 mod coverage;
+pub(crate) mod disk;
 mod dtype;
 pub(crate) mod durable;
 mod error;
@@ -58,6 +59,7 @@ pub(crate) mod payload;
 mod save;
 mod seal;
 mod validate;
+mod verify;
 mod write;
 
 #[cfg(test)]
@@ -78,5 +80,5 @@ pub use manifest::{
     SpecialTokens, StageMark, StateEntry, TensorEntry,
 };
 pub use open::Checkpoint;
-pub use save::{Attachment, Committed, commit, missing_parts, save_part};
+pub use save::{Attachment, Committed, Waiting, commit, discard, missing_parts, save_part};
 pub use write::{PartSummary, PartWriter, PieceData, PieceSpec};

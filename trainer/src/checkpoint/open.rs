@@ -7,6 +7,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use xxhash_rust::xxh3::xxh3_128;
@@ -29,18 +30,21 @@ pub struct Checkpoint {
     manifest: Manifest,
     /// Position of each tensor in the manifest.
     by_name: HashMap<String, usize>,
+    /// Whether chunks are compared with their checksums.
+    verifies: bool,
+    bytes_read: AtomicU64,
     chunk: Mutex<LoadedChunk>,
 }
 
-/// The chunk read last, verified. Small tensors lie beside each other in a file, so the next read
+/// The chunk read last. Small tensors lie beside each other in a file, so the next read
 /// often finds its bytes here.
 #[derive(Debug, Default)]
-struct LoadedChunk {
+pub(super) struct LoadedChunk {
     /// The open file and its index.
     file: Option<(usize, File)>,
     /// File and chunk index of what `bytes` holds.
     holds: Option<(usize, u64)>,
-    bytes: Vec<u8>,
+    pub(super) bytes: Vec<u8>,
 }
 
 impl Checkpoint {
@@ -52,6 +56,48 @@ impl Checkpoint {
     /// a missing file or one of another size.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self, Error> {
         let dir = dir.as_ref();
+        let manifest = Self::read_manifest(dir)?;
+        for file in &manifest.files {
+            let path = dir.join(&file.name);
+            let found = fs::metadata(&path).map_err(Error::io("find", &path))?.len();
+            if found != file.bytes {
+                return Err(Error::FileSize {
+                    path,
+                    expected: file.bytes,
+                    found,
+                });
+            }
+        }
+        let by_name = manifest
+            .tensors
+            .iter()
+            .enumerate()
+            .map(|(index, tensor)| (tensor.name.clone(), index))
+            .collect();
+        Ok(Self {
+            dir: dir.to_owned(),
+            manifest,
+            by_name,
+            verifies: true,
+            bytes_read: AtomicU64::new(0),
+            chunk: Mutex::default(),
+        })
+    }
+
+    /// This checkpoint, read without comparing checksums: faster on slow machines, and damage inside
+    /// the files then goes unnoticed. The manifest and the sizes have been checked all the same.
+    pub fn without_verification(mut self) -> Self {
+        self.verifies = false;
+        self
+    }
+
+    /// Bytes read from the files so far, the manifest not included.
+    pub fn bytes_read(&self) -> u64 {
+        self.bytes_read.load(Ordering::Relaxed)
+    }
+
+    /// Reads the manifest in the folder `dir` and checks what can be checked without the files.
+    pub(super) fn read_manifest(dir: &Path) -> Result<Manifest, Error> {
         let path = dir.join(MANIFEST);
         if !path.is_file() {
             let reason = if dir.is_dir() {
@@ -86,29 +132,7 @@ impl Checkpoint {
             path: path.clone(),
             detail,
         })?;
-        for file in &manifest.files {
-            let path = dir.join(&file.name);
-            let found = fs::metadata(&path).map_err(Error::io("find", &path))?.len();
-            if found != file.bytes {
-                return Err(Error::FileSize {
-                    path,
-                    expected: file.bytes,
-                    found,
-                });
-            }
-        }
-        let by_name = manifest
-            .tensors
-            .iter()
-            .enumerate()
-            .map(|(index, tensor)| (tensor.name.clone(), index))
-            .collect();
-        Ok(Self {
-            dir: dir.to_owned(),
-            manifest,
-            by_name,
-            chunk: Mutex::default(),
-        })
+        Ok(manifest)
     }
 
     /// The checkpoint folder.
@@ -251,26 +275,6 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Reads every chunk of every file and compares its checksum. `progress` is told the bytes
-    /// checked and the bytes to check.
-    ///
-    /// # Errors
-    /// The first damaged chunk or failed read.
-    pub fn verify(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<(), Error> {
-        let total = self.manifest.files.iter().map(|file| file.bytes).sum();
-        let mut done = 0;
-        let mut chunk = LoadedChunk::default();
-        progress(done, total);
-        for (index, file) in self.manifest.files.iter().enumerate() {
-            for number in 0..file.chunks.len() as u64 {
-                self.load(&mut chunk, index, number)?;
-                done += chunk.bytes.len() as u64;
-                progress(done, total);
-            }
-        }
-        Ok(())
-    }
-
     /// The bytes of an attachment of at most `limit` bytes.
     ///
     /// # Errors
@@ -288,7 +292,7 @@ impl Checkpoint {
         let mut bytes = Vec::with_capacity(file.bytes as usize);
         let mut chunk = LoadedChunk::default();
         for number in 0..file.chunks.len() as u64 {
-            self.load(&mut chunk, index, number)?;
+            self.load(&mut chunk, index, number, self.verifies)?;
             bytes.extend_from_slice(&chunk.bytes);
         }
         Ok(bytes)
@@ -335,7 +339,8 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Copies verified bytes. The range lies in the file, as checked on opening.
+    /// Copies bytes, verified unless that was declined. The range lies in the file, as checked on
+    /// opening.
     fn read_bytes(
         &self,
         chunk: &mut LoadedChunk,
@@ -345,7 +350,7 @@ impl Checkpoint {
     ) -> Result<(), Error> {
         let size = self.manifest.files[file].chunk_bytes;
         while !out.is_empty() {
-            self.load(chunk, file, offset / size)?;
+            self.load(chunk, file, offset / size, self.verifies)?;
             let inside = (offset % size) as usize;
             let count = out.len().min(chunk.bytes.len() - inside);
             let (now, later) = out.split_at_mut(count);
@@ -356,8 +361,14 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Makes `chunk` hold chunk `number` of a file, verified.
-    fn load(&self, chunk: &mut LoadedChunk, index: usize, number: u64) -> Result<(), Error> {
+    /// Makes `chunk` hold chunk `number` of a file, compared with its checksum if `verify`.
+    pub(super) fn load(
+        &self,
+        chunk: &mut LoadedChunk,
+        index: usize,
+        number: u64,
+        verify: bool,
+    ) -> Result<(), Error> {
         if chunk.holds == Some((index, number)) {
             return Ok(());
         }
@@ -388,16 +399,19 @@ impl Checkpoint {
                     Error::io("read", &path)(error)
                 }
             })?;
-        let found = hex(xxh3_128(&chunk.bytes));
-        let expected = &entry.chunks[number as usize];
-        if found != *expected {
-            return Err(Error::Chunk {
-                path,
-                start,
-                end,
-                expected: expected.clone(),
-                found,
-            });
+        self.bytes_read.fetch_add(end - start, Ordering::Relaxed);
+        if verify {
+            let found = hex(xxh3_128(&chunk.bytes));
+            let expected = &entry.chunks[number as usize];
+            if found != *expected {
+                return Err(Error::Chunk {
+                    path,
+                    start,
+                    end,
+                    expected: expected.clone(),
+                    found,
+                });
+            }
         }
         chunk.holds = Some((index, number));
         Ok(())

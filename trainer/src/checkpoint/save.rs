@@ -3,17 +3,19 @@
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::disk::{self, sync_folder, sync_parent};
 use super::dtype::Dtype;
-use super::durable::{DurableFile, read_small_file, sync_folder, write_file};
+use super::durable::{DurableFile, read_small_file, write_file};
 use super::manifest::{
     FORMAT, FileEntry, FileKind, FormatLimits, MANIFEST, Manifest, ManifestMeta, StateEntry,
     TensorEntry, is_plain_name,
 };
 use super::write::{Done, PartSummary, PartWriter, PieceData, PieceSpec, check_save_id, done_name};
-use super::{Error, seal, validate};
+use super::{Checkpoint, Error, seal, validate};
 
 /// A file to carry along in a checkpoint, as the tokenizer is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,6 +66,49 @@ pub fn save_part(
     writer.finish()
 }
 
+/// How long a commit waits for the parts of the other ranks. A [`Duration`] is one that nobody can
+/// cut short.
+#[derive(Clone, Copy, Debug)]
+pub struct Waiting<'a> {
+    timeout: Duration,
+    cancelled: Option<&'a AtomicBool>,
+}
+
+impl<'a> Waiting<'a> {
+    /// Waits as long, and gives up at once when `cancelled` becomes true: when the committing rank
+    /// has heard that another rank's part failed.
+    pub fn until_cancelled(timeout: Duration, cancelled: &'a AtomicBool) -> Self {
+        Self {
+            timeout,
+            cancelled: Some(cancelled),
+        }
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.cancelled
+            .is_some_and(|flag| flag.load(Ordering::Relaxed))
+    }
+
+    /// Sleeps for `pause`, less if the wait is cancelled meanwhile.
+    fn sleep(&self, mut pause: Duration) {
+        let slice = Duration::from_millis(10);
+        while !pause.is_zero() && !self.is_cancelled() {
+            let now = pause.min(slice);
+            thread::sleep(now);
+            pause -= now;
+        }
+    }
+}
+
+impl From<Duration> for Waiting<'_> {
+    fn from(timeout: Duration) -> Self {
+        Self {
+            timeout,
+            cancelled: None,
+        }
+    }
+}
+
 /// The ranks that have not finished their part of the save yet.
 pub fn missing_parts(dir: &Path, world: usize, save_id: &str) -> Vec<usize> {
     (0..world)
@@ -80,18 +125,22 @@ pub fn missing_parts(dir: &Path, world: usize, save_id: &str) -> Vec<usize> {
 /// lies in the folder (done files, leftovers of unfinished saves) is removed.
 ///
 /// # Errors
-/// [`Error::CommitTimeout`] if a part is missing after `timeout`; pieces that overlap, leave holes
-/// or disagree about a shape; a failed read or write. No manifest is written then.
-pub fn commit(
+/// [`Error::CommitTimeout`] if a part is missing after the time to wait; [`Error::Cancelled`]; pieces
+/// that overlap, leave holes or disagree about a shape; a failed read or write. Then no manifest is
+/// written and no attachment stays behind; the parts do, for [`discard`]. (If the system fails only
+/// after the manifest has its name, the checkpoint is there and complete, but a power cut may undo
+/// it.)
+pub fn commit<'a>(
     dir: &Path,
     world: usize,
     save_id: &str,
     meta: &ManifestMeta,
     attachments: &[Attachment],
-    timeout: Duration,
+    waiting: impl Into<Waiting<'a>>,
 ) -> Result<Committed, Error> {
+    let waiting = waiting.into();
     check_save_id(dir, save_id)?;
-    wait_for_parts(dir, world, save_id, timeout)?;
+    wait_for_parts(dir, world, save_id, &waiting)?;
     let mut files = Vec::with_capacity(world + attachments.len());
     let mut tensors = Tensors::default();
     for rank in 0..world {
@@ -99,7 +148,35 @@ pub fn commit(
         tensors.add(dir, done.pieces, files.len())?;
         files.push(done.file);
     }
+    let mut attached = Vec::new();
+    let result = publish(
+        dir,
+        save_id,
+        meta,
+        (files, tensors.list),
+        attachments,
+        (&waiting, &mut attached),
+    );
+    if result.is_err() && matches!(dir.join(MANIFEST).try_exists(), Ok(false)) {
+        for name in attached {
+            // Nothing to report to: the error that ended the commit is on its way already.
+            let _ = disk::remove_file(&dir.join(name));
+        }
+    }
+    result
+}
+
+/// The second half of a commit: copies the attachments and writes the manifest.
+fn publish(
+    dir: &Path,
+    save_id: &str,
+    meta: &ManifestMeta,
+    (mut files, tensors): (Vec<FileEntry>, Vec<TensorEntry>),
+    attachments: &[Attachment],
+    (waiting, attached): (&Waiting<'_>, &mut Vec<String>),
+) -> Result<Committed, Error> {
     for attachment in attachments {
+        attached.push(attachment.name.clone());
         files.push(attach(dir, attachment)?);
     }
     let manifest = Manifest {
@@ -107,43 +184,95 @@ pub fn commit(
         format_version: FormatLimits::VERSION,
         save_id: save_id.to_owned(),
         run: meta.clone(),
-        tensors: tensors.list,
+        tensors,
         files,
         checksum: String::new(),
     };
-    validate::check(&manifest).map_err(|detail| Error::Save {
-        dir: dir.to_owned(),
-        detail,
-    })?;
-    let bytes = seal::encode(&manifest).map_err(|error| Error::Save {
-        dir: dir.to_owned(),
-        detail: error.to_string(),
-    })?;
-    // The attachments' names must be durable before the manifest that lists them.
+    // The names of the attachments must be durable before the manifest that lists them.
     sync_folder(dir)?;
-    write_file(dir, MANIFEST, &bytes)?;
-    if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-        sync_folder(parent)?;
+    if waiting.is_cancelled() {
+        return Err(cancelled(dir, save_id));
     }
+    let bytes = write_manifest(dir, &manifest)?;
+    // The folder is new, perhaps, and another rank may have created it.
+    sync_parent(dir)?;
     remove_leftovers(dir, &manifest);
     let payload: u64 = manifest.files.iter().map(|file| file.bytes).sum();
     Ok(Committed {
         dir: dir.to_owned(),
-        bytes: payload + bytes.len() as u64,
+        bytes: payload + bytes,
     })
 }
 
+/// Checks a manifest and puts it into place of the one that is there, durably. The files that it
+/// lists must be durable already. Returns its size.
+pub(super) fn write_manifest(dir: &Path, manifest: &Manifest) -> Result<u64, Error> {
+    let refuse = |detail: String| Error::Save {
+        dir: dir.to_owned(),
+        detail,
+    };
+    validate::check(manifest).map_err(refuse)?;
+    let bytes = seal::encode(manifest).map_err(|error| refuse(error.to_string()))?;
+    write_file(dir, MANIFEST, &bytes)?;
+    Ok(bytes.len() as u64)
+}
+
+/// Removes what a save that failed has left in the folder `dir`, and the folder if nothing else is
+/// in it. The rank that commits calls it, after its commit has failed or in place of it.
+///
+/// Other ranks may still be writing their parts: their next step fails, because the file they write
+/// or the folder is gone, which is an error of a save that has failed anyway. A part that one of them
+/// completes later stays until the next commit into the folder or [`remove_stale`](super::remove_stale).
+/// Files of other saves, files that a manifest lists, and folders whose manifest cannot be read are
+/// left alone. Whatever cannot be removed stays and wastes space, nothing worse.
+pub fn discard(dir: &Path, save_id: &str) {
+    let keep = match Checkpoint::read_manifest(dir) {
+        Ok(manifest) => manifest.files,
+        Err(Error::NotACheckpoint { .. }) => Vec::new(),
+        Err(_) => return,
+    };
+    let Ok(entries) = fs::read_dir(dir) else {
+        return;
+    };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let Some(name) = name.to_str() else { continue };
+        if is_of_save(name, save_id) && !keep.iter().any(|file| file.name == name) {
+            remove_quietly(&entry.path());
+        }
+    }
+    // Fails while anything is in it, also what another rank has created this moment.
+    if disk::remove_folder(dir).is_ok() {
+        let _ = sync_parent(dir);
+    }
+}
+
+/// Whether a file is a part, a done file, or the beginning of one, of this save.
+fn is_of_save(name: &str, save_id: &str) -> bool {
+    let name = name.strip_prefix('.').unwrap_or(name);
+    let mut words = name.split('.');
+    words.next().is_some_and(|word| word.starts_with("part-")) && words.next() == Some(save_id)
+}
+
 /// Waits until every rank has a done file of this save.
-fn wait_for_parts(dir: &Path, world: usize, save_id: &str, timeout: Duration) -> Result<(), Error> {
+fn wait_for_parts(
+    dir: &Path,
+    world: usize,
+    save_id: &str,
+    waiting: &Waiting<'_>,
+) -> Result<(), Error> {
     let began = Instant::now();
     let mut pause = Duration::from_millis(2);
     loop {
+        if waiting.is_cancelled() {
+            return Err(cancelled(dir, save_id));
+        }
         let missing = missing_parts(dir, world, save_id);
         if missing.is_empty() {
             return Ok(());
         }
         let waited = began.elapsed();
-        if waited >= timeout {
+        if waited >= waiting.timeout {
             let (dir, save_id) = (dir.to_owned(), save_id.to_owned());
             return Err(Error::CommitTimeout {
                 dir,
@@ -152,9 +281,16 @@ fn wait_for_parts(dir: &Path, world: usize, save_id: &str, timeout: Duration) ->
                 waited,
             });
         }
-        thread::sleep(pause.min(timeout - waited));
+        waiting.sleep(pause.min(waiting.timeout - waited));
         // Large parts take minutes; a shared file system should not be asked 500 times a second.
         pause = (pause * 2).min(Duration::from_millis(250));
+    }
+}
+
+fn cancelled(dir: &Path, save_id: &str) -> Error {
+    Error::Cancelled {
+        dir: dir.to_owned(),
+        save_id: save_id.to_owned(),
     }
 }
 
@@ -281,11 +417,17 @@ fn remove_leftovers(dir: &Path, manifest: &Manifest) {
         let ours = name.to_str().is_some_and(|name| {
             name.starts_with("part-") || (name.starts_with('.') && name.ends_with(".partial"))
         });
-        if ours
-            && !name.to_str().is_some_and(keep)
-            && let Err(error) = fs::remove_file(entry.path())
-        {
-            tracing::warn!("cannot remove leftover {}: {error}", entry.path().display());
+        if ours && !name.to_str().is_some_and(keep) {
+            remove_quietly(&entry.path());
         }
+    }
+}
+
+/// Removes a file that nobody needs, if that is possible.
+fn remove_quietly(path: &Path) {
+    if let Err(error) = disk::remove_file(path)
+        && !error.is_not_found()
+    {
+        tracing::warn!("a leftover stays: {error}");
     }
 }

@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::disk::{self, create_folder, sync_folder};
 use super::dtype::Dtype;
-use super::durable::{DurableFile, create_folder, sync_folder, write_file};
+use super::durable::{DurableFile, write_file};
 use super::geometry::{MAX_DIMS, element_count};
 use super::manifest::{FileEntry, FileKind, Piece};
 use super::payload::{Slot, header};
@@ -176,8 +177,7 @@ impl PartWriter {
             detail: error.to_string(),
         })?;
 
-        create_folder(dir)?;
-        let mut file = DurableFile::create(dir, &part_name(rank, save_id))?;
+        let mut file = start(dir, &part_name(rank, save_id))?;
         file.write(&head)?;
         let mut offset = head.len() as u64;
         let mut missing = 0;
@@ -242,8 +242,9 @@ impl PartWriter {
     /// Makes the payload durable and announces it with a done file.
     ///
     /// # Errors
-    /// Declared elements that were not written, or a failed write. Then there is no done file, and
-    /// the save cannot be committed.
+    /// Declared elements that were not written, or a failed write. Then the part is not announced
+    /// and nothing of it stays behind. (If the system fails only after the done file can be seen,
+    /// both stay, because the committing rank may have begun to rely on them.)
     pub fn finish(self) -> Result<PartSummary, Error> {
         let Self {
             dir,
@@ -258,27 +259,52 @@ impl PartWriter {
             let detail = format!("{missing} declared elements were not written");
             return Err(Error::Save { dir, detail });
         }
-        let file = file.finish(FileKind::Payload)?;
-        // The payload's name must be durable before the done file that vouches for it.
-        sync_folder(&dir)?;
-        let summary = PartSummary {
-            path: dir.join(&file.name),
-            bytes: file.bytes,
+        let part = dir.join(part_name(rank, &save_id));
+        let announced = dir.join(done_name(rank, &save_id));
+        let finish = || {
+            let file = file.finish(FileKind::Payload)?;
+            // The payload's name must be durable before the done file that vouches for it.
+            sync_folder(&dir)?;
+            let summary = PartSummary {
+                path: part.clone(),
+                bytes: file.bytes,
+            };
+            let name = done_name(rank, &save_id);
+            let done = Done {
+                save_id,
+                rank,
+                world,
+                pieces,
+                file,
+            };
+            let json = serde_json::to_vec(&done).map_err(|error| Error::Save {
+                dir: dir.clone(),
+                detail: error.to_string(),
+            })?;
+            write_file(&dir, &name, &json)?;
+            Ok(summary)
         };
-        let name = done_name(rank, &save_id);
-        let done = Done {
-            save_id,
-            rank,
-            world,
-            pieces,
-            file,
-        };
-        let json = serde_json::to_vec(&done).map_err(|error| Error::Save {
-            dir: dir.clone(),
-            detail: error.to_string(),
-        })?;
-        write_file(&dir, &name, &json)?;
-        Ok(summary)
+        let result = finish();
+        // Once the done file can be seen the committing rank may be relying on the part.
+        if result.is_err() && matches!(announced.try_exists(), Ok(false)) {
+            // Nothing to report to: the error that ended the save is on its way already.
+            let _ = disk::remove_file(&part);
+        }
+        result
+    }
+}
+
+/// Starts a file in a folder that is created if need be. An earlier save into the same folder that
+/// failed may be discarded at this moment, and the empty folder with it; then it is created again.
+fn start(dir: &Path, name: &str) -> Result<DurableFile, Error> {
+    let mut tries = 10;
+    loop {
+        create_folder(dir)?;
+        tries -= 1;
+        match DurableFile::create(dir, name) {
+            Err(error) if error.is_not_found() && tries > 0 => {}
+            other => return other,
+        }
     }
 }
 

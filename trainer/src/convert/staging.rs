@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::Error;
 use crate::checkpoint::Error as CheckpointError;
-use crate::checkpoint::durable::{create_folder, sync_folder};
+use crate::checkpoint::disk::{create_folder, sync_folder};
 
 /// A folder under a temporary name beside its destination. Dropping it removes it.
 pub(super) struct StagedFolder {

@@ -4,9 +4,11 @@
 
 mod catalogue;
 mod damage;
+mod failures;
 mod hostile;
 mod round_trip;
 mod save;
+pub(crate) mod trace;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -66,24 +68,30 @@ pub(super) fn save_small_as(root: &Path, step: u64, save_id: &str) -> PathBuf {
 
 /// The parts of [`save_small`] without the commit.
 pub(super) fn save_parts(dir: &Path, save_id: &str) {
-    for (rank, range) in [(0, 0..13), (1, 13..30)] {
-        let data: Vec<Vec<f32>> = STATES
-            .iter()
-            .map(|state| values(0, *state, 30)[range.clone()].to_vec())
-            .collect();
-        let pieces: Vec<PieceData<'_>> = STATES
-            .iter()
-            .zip(&data)
-            .map(|(state, data)| PieceData {
-                tensor: "w",
-                state: *state,
-                shape: &[6, 5],
-                range: range.clone(),
-                data,
-            })
-            .collect();
-        save_part(dir, rank, 2, save_id, &pieces).unwrap();
+    for rank in 0..2 {
+        save_rank(dir, rank, save_id).unwrap();
     }
+}
+
+/// One of the two parts of [`save_small`].
+pub(super) fn save_rank(dir: &Path, rank: usize, save_id: &str) -> Result<PartSummary, Error> {
+    let range = [0..13, 13..30][rank].clone();
+    let data: Vec<Vec<f32>> = STATES
+        .iter()
+        .map(|state| values(0, *state, 30)[range.clone()].to_vec())
+        .collect();
+    let pieces: Vec<PieceData<'_>> = STATES
+        .iter()
+        .zip(&data)
+        .map(|(state, data)| PieceData {
+            tensor: "w",
+            state: *state,
+            shape: &[6, 5],
+            range: range.clone(),
+            data,
+        })
+        .collect();
+    save_part(dir, rank, 2, save_id, &pieces)
 }
 
 /// Opens and reads everything: what must fail if any byte is wrong.
