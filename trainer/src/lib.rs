@@ -8,6 +8,7 @@
 //! |---|---|
 //! | [`run`], [`generate`] | the step loop; sampling from a model |
 //! | [`convert`] | Hugging Face folders in and out |
+//! | [`guard`] | bad steps: seen, skipped, or undone |
 //! | [`checkpoint`] | the mesh-free format: written by each rank, committed by its manifest |
 //! | [`metrics`] | steps, events, TensorBoard, log lines |
 //! | [`zero`] | weights, gradients and sharded optimizer state, and the collectives that move them |
@@ -41,6 +42,7 @@ pub mod config;
 pub mod convert;
 pub mod faults;
 pub mod generate;
+pub mod guard;
 pub mod metrics;
 pub mod model;
 pub mod plan;

@@ -1,0 +1,11 @@
+//! What is watched while a run goes on.
+//!
+//! [`Spikes`] sees a step whose loss or gradient norm stands out of the steps before it, and
+//! [`BadSteps`] says what to do about a step that must not be applied. Both are pure: every rank
+//! hands them the same reduced figures and comes to the same decision.
+
+mod bad_steps;
+mod spikes;
+
+pub use bad_steps::{BadStep, BadSteps, BadStepsState, Cause, Decision};
+pub use spikes::{Figure, Spike, SpikeState, Spikes, Verdict};
