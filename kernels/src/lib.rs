@@ -28,7 +28,7 @@
 //! * Ends of the model: [`embedding`], [`linear_cross_entropy`].
 //! * Updating it: [`norm`], [`adamw`]; starting it: [`philox`].
 //! * The machine: [`Threads`], [`memory`] (bytes of libtorch's CPU tensors, counted by a small C++
-//!   shim), [`probe`] (what this processor does fast).
+//!   shim), [`probe`] (what this processor does fast), [`stacks`] (what its threads are doing).
 //! * Underneath: [`simd`] compiles plain Rust loops once per instruction set, [`sys`] runs them on
 //!   libtorch's own OpenMP threads, so that compute has one pool, and holds all `unsafe` code that
 //!   touches memory.
@@ -51,6 +51,7 @@ pub mod probe;
 pub mod rms_norm;
 pub mod rope;
 pub mod simd;
+pub mod stacks;
 pub mod swiglu;
 pub mod sys;
 #[cfg(test)]

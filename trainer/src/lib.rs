@@ -7,6 +7,7 @@
 //! | room | owns |
 //! |---|---|
 //! | [`run`], [`generate`] | the step loop; sampling from a model |
+//! | [`guard`] | what keeps a run from being lost: the watchdog |
 //! | [`convert`] | Hugging Face folders in and out |
 //! | [`guard`] | bad steps: seen, skipped, or undone |
 //! | [`checkpoint`] | the mesh-free format: written by each rank, committed by its manifest |

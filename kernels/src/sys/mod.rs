@@ -5,9 +5,11 @@
 //!   themselves need no `unsafe`;
 //! * [`operands`]: tensors become slices here, after their device, dtype, shape, layout and overlap
 //!   have been checked;
+//! * [`stacks`]: how a thread is made to tell where it is, whatever it is doing;
 //! * [`symbol`]: functions that a build of libtorch may or may not export.
 
 pub mod operands;
 pub mod parallel;
 pub mod split;
+pub mod stacks;
 pub mod symbol;
