@@ -65,6 +65,12 @@ fn describe(checkpoint: &Checkpoint) -> Result<String, std::fmt::Error> {
         meta.run_id, meta.attempt
     )?;
     writeln!(out, "step       {}", meta.step)?;
+    writeln!(
+        out,
+        "saved as   {}, save id {}",
+        meta.purpose,
+        checkpoint.save_id()
+    )?;
     writeln!(out, "tokens     {}", meta.tokens)?;
     match &meta.stage {
         Some(stage) => writeln!(
@@ -178,7 +184,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use oxitron_trainer::checkpoint::{
-        ManifestMeta, PieceData, StageMark, StateKind, commit, save_part,
+        ManifestMeta, PieceData, Purpose, SkippedRange, StageMark, StateKind, commit, save_part,
     };
     use std::time::Duration;
 
@@ -198,6 +204,12 @@ mod tests {
             run_id: "harbour".to_owned(),
             attempt: 2,
             step: 7,
+            purpose: Purpose::StageEnd,
+            skipped: vec![SkippedRange {
+                step: 5,
+                first_sample: 80,
+                samples: 16,
+            }],
             tokens: 7 * 4096,
             stage: Some(StageMark {
                 name: "4k".to_owned(),
@@ -212,6 +224,8 @@ mod tests {
         for fact in [
             "harbour, attempt 2",
             "step       7\n",
+            "saved as   stage_end, save id 1-7\n",
+            "skipped    step 5: samples 80 to 95\n",
             "tokens     28672\n",
             "`4k`, seq_len 4096",
             "{\"web\":[0,1,2]}",

@@ -1,10 +1,9 @@
-//! The checkpoints of a run: which is the newest, which may go.
+//! The checkpoints of a run: which there are, and which is the newest.
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::disk::{self, sync_folder, sync_parent};
 use super::manifest::MANIFEST;
 use super::{Checkpoint, Error};
 
@@ -43,7 +42,7 @@ pub fn folder_name(step: u64) -> String {
 
 /// The folders in `dir` that are named like checkpoints, with their step, newest first. A `dir`
 /// that does not exist has none.
-fn list(dir: &Path) -> Result<Vec<(u64, PathBuf)>, Error> {
+pub(super) fn list(dir: &Path) -> Result<Vec<(u64, PathBuf)>, Error> {
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -68,7 +67,7 @@ fn list(dir: &Path) -> Result<Vec<(u64, PathBuf)>, Error> {
 }
 
 /// Opens a checkpoint of step `step` and looks at it as hard as asked.
-fn inspect(step: u64, dir: &Path, scrutiny: Scrutiny) -> Result<Checkpoint, Error> {
+pub(super) fn inspect(step: u64, dir: &Path, scrutiny: Scrutiny) -> Result<Checkpoint, Error> {
     let checkpoint = Checkpoint::open(dir)?;
     let stated = checkpoint.meta().step;
     if stated != step {
@@ -141,69 +140,4 @@ pub fn find(path: &Path) -> Result<Checkpoint, Error> {
             reason,
         }
     })
-}
-
-/// Deletes all but the newest `keep` valid checkpoints in `dir`, and returns what was deleted. At
-/// least one valid checkpoint always stays, also when `keep` is 0. Folders that are not valid are
-/// neither counted nor touched: a damaged checkpoint is evidence, an unfinished one is the business
-/// of [`remove_stale`].
-///
-/// # Errors
-/// A folder that cannot be listed or deleted.
-pub fn retain(dir: &Path, keep: usize, scrutiny: Scrutiny) -> Result<Vec<PathBuf>, Error> {
-    let mut kept = 0;
-    let mut deleted = Vec::new();
-    for (step, dir) in list(dir)? {
-        // What goes need not be sound, only what stays in its stead.
-        let depth = if kept < keep.max(1) {
-            scrutiny
-        } else {
-            Scrutiny::Structure
-        };
-        if inspect(step, &dir, depth).is_err() {
-            continue;
-        }
-        if kept < keep.max(1) {
-            kept += 1;
-        } else {
-            delete(&dir)?;
-            deleted.push(dir);
-        }
-    }
-    Ok(deleted)
-}
-
-/// Deletes folders in `dir` that are named like checkpoints and have no manifest: saves that did
-/// not finish, deletions that did not. `in_progress` is the folder of a save that is going on. Only
-/// one process may call this, and only while it owns the run directory.
-///
-/// # Errors
-/// A folder that cannot be listed or deleted.
-pub fn remove_stale(dir: &Path, in_progress: Option<&Path>) -> Result<Vec<PathBuf>, Error> {
-    let mut deleted = Vec::new();
-    for (_, dir) in list(dir)? {
-        // Anything else than a clear "not there" leaves the folder alone.
-        let absent = matches!(dir.join(MANIFEST).try_exists(), Ok(false));
-        if absent && Some(dir.as_path()) != in_progress {
-            delete(&dir)?;
-            deleted.push(dir);
-        }
-    }
-    Ok(deleted)
-}
-
-/// Deletes a checkpoint. The manifest goes first, durably: a deletion cut short leaves a folder that
-/// is no checkpoint, never a checkpoint that lacks files.
-///
-/// # Errors
-/// A file or folder that cannot be deleted.
-pub fn delete(dir: &Path) -> Result<(), Error> {
-    let manifest = dir.join(MANIFEST);
-    match disk::remove_file(&manifest) {
-        Ok(()) => sync_folder(dir)?,
-        Err(error) if error.is_not_found() => {}
-        Err(error) => return Err(error),
-    }
-    disk::remove_tree(dir)?;
-    sync_parent(dir)
 }

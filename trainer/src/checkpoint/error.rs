@@ -54,16 +54,16 @@ pub enum Error {
     },
     /// The manifest was written by a version of the format that this build does not know.
     #[error(
-        "{}: checkpoint format version {found}, this build reads version {known}; use the build \
+        "{}: checkpoint format version {found}, this build reads {} to {known}; use the build \
          that wrote it",
-        .path.display()
+        .path.display(), super::FormatLimits::OLDEST
     )]
     Version {
         /// The manifest.
         path: PathBuf,
         /// The version it states.
         found: u32,
-        /// The version this build reads.
+        /// The newest version this build reads.
         known: u32,
     },
     /// A payload file has another size than the manifest says.

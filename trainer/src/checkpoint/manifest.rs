@@ -1,6 +1,7 @@
 //! What a manifest says: the types that `manifest.json` is made of.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
@@ -18,8 +19,10 @@ pub(super) const FORMAT: &str = "oxitron-checkpoint";
 pub struct FormatLimits;
 
 impl FormatLimits {
-    /// The format version this build writes, and the only one it reads.
-    pub const VERSION: u32 = 1;
+    /// The format version this build writes. 2 has the purpose of the checkpoint.
+    pub const VERSION: u32 = 2;
+    /// The oldest format version this build reads.
+    pub const OLDEST: u32 = 1;
     /// The largest chunk with one checksum, in bytes: 16 MiB.
     pub const MAX_CHUNK_BYTES: u64 = 16 << 20;
     /// The chunk size this build writes. Smaller than allowed, because a read of one norm vector
@@ -39,6 +42,9 @@ pub struct ManifestMeta {
     pub attempt: u32,
     /// The checkpoint folder the attempt started from, if any.
     pub parent: Option<String>,
+    /// What it was saved for. A manifest of format 1 has none and is of a regular one.
+    #[serde(default)]
+    pub purpose: Purpose,
     /// Optimizer steps taken, skipped ones included.
     pub step: u64,
     /// Positions trained on so far.
@@ -63,6 +69,33 @@ pub struct ManifestMeta {
     pub skipped: Vec<SkippedRange>,
     /// The resolved config as TOML. Its `[model]` table describes the tensors.
     pub config: String,
+}
+
+/// What a checkpoint was saved for. It decides how long it stays: see
+/// [`Retention`](super::Retention).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Purpose {
+    /// It was due by the number of steps.
+    #[default]
+    Regular,
+    /// It was due by the clock, to lose little if the run dies.
+    Ephemeral,
+    /// A context stage has ended.
+    StageEnd,
+    /// The run was told to stop.
+    Stop,
+}
+
+impl fmt::Display for Purpose {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Regular => "regular",
+            Self::Ephemeral => "ephemeral",
+            Self::StageEnd => "stage_end",
+            Self::Stop => "stop",
+        })
+    }
 }
 
 /// A context stage, as far as a checkpoint needs to tell it.

@@ -46,6 +46,7 @@
 //! keys, an unknown format version. It never repairs and never guesses: [`newest_valid`] passes
 //! over a bad checkpoint and says why.
 
+mod amend;
 mod catalogue;
 mod coverage;
 pub(crate) mod disk;
@@ -53,9 +54,11 @@ mod dtype;
 pub(crate) mod durable;
 mod error;
 mod geometry;
+mod leftovers;
 mod manifest;
 mod open;
 pub(crate) mod payload;
+mod retention;
 mod save;
 mod seal;
 mod validate;
@@ -69,16 +72,17 @@ pub(crate) use geometry::element_count;
 pub(crate) use manifest::is_plain_name;
 
 pub use crate::zero::StateKind;
-pub use catalogue::{
-    Newest, Rejected, Scrutiny, delete, find, folder_name, newest_valid, remove_stale, retain,
-};
+pub use amend::amend;
+pub use catalogue::{Newest, Rejected, Scrutiny, find, folder_name, newest_valid};
 pub use dtype::Dtype;
 pub use error::Error;
 pub use geometry::Region;
+pub use leftovers::{discard, remove_stale};
 pub use manifest::{
-    FileEntry, FileKind, FormatLimits, Manifest, ManifestMeta, Piece, ScheduleState, SkippedRange,
-    SpecialTokens, StageMark, StateEntry, TensorEntry,
+    FileEntry, FileKind, FormatLimits, Manifest, ManifestMeta, Piece, Purpose, ScheduleState,
+    SkippedRange, SpecialTokens, StageMark, StateEntry, TensorEntry,
 };
 pub use open::Checkpoint;
-pub use save::{Attachment, Committed, Waiting, commit, discard, missing_parts, save_part};
+pub use retention::{Retention, delete, retain, retire};
+pub use save::{Attachment, Committed, Waiting, commit, missing_parts, save_part};
 pub use write::{PartSummary, PartWriter, PieceData, PieceSpec};

@@ -135,6 +135,11 @@ impl Checkpoint {
         Ok(manifest)
     }
 
+    /// The manifest alone.
+    pub(super) fn into_manifest(self) -> Manifest {
+        self.manifest
+    }
+
     /// The checkpoint folder.
     pub fn dir(&self) -> &Path {
         &self.dir

@@ -10,12 +10,13 @@ use std::time::{Duration, Instant};
 use super::disk::{self, sync_folder, sync_parent};
 use super::dtype::Dtype;
 use super::durable::{DurableFile, read_small_file, write_file};
+use super::leftovers::remove_unlisted;
 use super::manifest::{
     FORMAT, FileEntry, FileKind, FormatLimits, MANIFEST, Manifest, ManifestMeta, StateEntry,
     TensorEntry, is_plain_name,
 };
 use super::write::{Done, PartSummary, PartWriter, PieceData, PieceSpec, check_save_id, done_name};
-use super::{Checkpoint, Error, seal, validate};
+use super::{Error, seal, validate};
 
 /// A file to carry along in a checkpoint, as the tokenizer is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -127,7 +128,7 @@ pub fn missing_parts(dir: &Path, world: usize, save_id: &str) -> Vec<usize> {
 /// # Errors
 /// [`Error::CommitTimeout`] if a part is missing after the time to wait; [`Error::Cancelled`]; pieces
 /// that overlap, leave holes or disagree about a shape; a failed read or write. Then no manifest is
-/// written and no attachment stays behind; the parts do, for [`discard`]. (If the system fails only
+/// written and no attachment stays behind; the parts do, for [`discard`](super::discard). (If the system fails only
 /// after the manifest has its name, the checkpoint is there and complete, but a power cut may undo
 /// it.)
 pub fn commit<'a>(
@@ -196,7 +197,7 @@ fn publish(
     let bytes = write_manifest(dir, &manifest)?;
     // The folder is new, perhaps, and another rank may have created it.
     sync_parent(dir)?;
-    remove_leftovers(dir, &manifest);
+    remove_unlisted(dir, &manifest);
     let payload: u64 = manifest.files.iter().map(|file| file.bytes).sum();
     Ok(Committed {
         dir: dir.to_owned(),
@@ -215,43 +216,6 @@ pub(super) fn write_manifest(dir: &Path, manifest: &Manifest) -> Result<u64, Err
     let bytes = seal::encode(manifest).map_err(|error| refuse(error.to_string()))?;
     write_file(dir, MANIFEST, &bytes)?;
     Ok(bytes.len() as u64)
-}
-
-/// Removes what a save that failed has left in the folder `dir`, and the folder if nothing else is
-/// in it. The rank that commits calls it, after its commit has failed or in place of it.
-///
-/// Other ranks may still be writing their parts: their next step fails, because the file they write
-/// or the folder is gone, which is an error of a save that has failed anyway. A part that one of them
-/// completes later stays until the next commit into the folder or [`remove_stale`](super::remove_stale).
-/// Files of other saves, files that a manifest lists, and folders whose manifest cannot be read are
-/// left alone. Whatever cannot be removed stays and wastes space, nothing worse.
-pub fn discard(dir: &Path, save_id: &str) {
-    let keep = match Checkpoint::read_manifest(dir) {
-        Ok(manifest) => manifest.files,
-        Err(Error::NotACheckpoint { .. }) => Vec::new(),
-        Err(_) => return,
-    };
-    let Ok(entries) = fs::read_dir(dir) else {
-        return;
-    };
-    for entry in entries.flatten() {
-        let name = entry.file_name();
-        let Some(name) = name.to_str() else { continue };
-        if is_of_save(name, save_id) && !keep.iter().any(|file| file.name == name) {
-            remove_quietly(&entry.path());
-        }
-    }
-    // Fails while anything is in it, also what another rank has created this moment.
-    if disk::remove_folder(dir).is_ok() {
-        let _ = sync_parent(dir);
-    }
-}
-
-/// Whether a file is a part, a done file, or the beginning of one, of this save.
-fn is_of_save(name: &str, save_id: &str) -> bool {
-    let name = name.strip_prefix('.').unwrap_or(name);
-    let mut words = name.split('.');
-    words.next().is_some_and(|word| word.starts_with("part-")) && words.next() == Some(save_id)
 }
 
 /// Waits until every rank has a done file of this save.
@@ -402,32 +366,5 @@ fn attach(dir: &Path, attachment: &Attachment) -> Result<FileEntry, Error> {
             return to.finish(FileKind::Attachment);
         }
         to.write(&buffer[..count])?;
-    }
-}
-
-/// Removes what the manifest does not list. A file that stays behind is a waste of space and
-/// nothing worse, so it is reported and not an error.
-fn remove_leftovers(dir: &Path, manifest: &Manifest) {
-    let keep = |name: &str| name == MANIFEST || manifest.files.iter().any(|file| file.name == name);
-    let Ok(entries) = fs::read_dir(dir) else {
-        return;
-    };
-    for entry in entries.flatten() {
-        let name = entry.file_name();
-        let ours = name.to_str().is_some_and(|name| {
-            name.starts_with("part-") || (name.starts_with('.') && name.ends_with(".partial"))
-        });
-        if ours && !name.to_str().is_some_and(keep) {
-            remove_quietly(&entry.path());
-        }
-    }
-}
-
-/// Removes a file that nobody needs, if that is possible.
-fn remove_quietly(path: &Path) {
-    if let Err(error) = disk::remove_file(path)
-        && !error.is_not_found()
-    {
-        tracing::warn!("a leftover stays: {error}");
     }
 }

@@ -86,7 +86,7 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Manifest, Broken> {
             header.format
         )));
     }
-    if header.format_version != FormatLimits::VERSION {
+    if !(FormatLimits::OLDEST..=FormatLimits::VERSION).contains(&header.format_version) {
         return Err(Broken::Version(header.format_version));
     }
     serde_json::from_slice(bytes).map_err(invalid)

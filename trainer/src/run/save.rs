@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::{RunError, trainer::Trainer};
-use crate::checkpoint::{self, PieceData, Scrutiny};
+use crate::checkpoint::{self, PieceData, Retention, Scrutiny};
 use crate::convert::tokenizer_attachments;
 use crate::metrics::Event;
 use crate::zero::Staged;
@@ -59,7 +59,11 @@ impl Trainer<'_> {
         );
         self.parent = Some(self.shown(&folder));
         let policy = &self.config.checkpoint;
-        checkpoint::retain(&policy.dir, policy.keep, Scrutiny::Structure)?;
+        let retention = Retention {
+            keep: policy.keep,
+            keep_every: None,
+        };
+        checkpoint::retain(&policy.dir, &retention, Scrutiny::Structure)?;
         Ok(())
     }
 }

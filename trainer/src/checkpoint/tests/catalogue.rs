@@ -98,6 +98,13 @@ fn damaged_checkpoints_are_passed_over_with_reasons() {
     assert_eq!(newest_step(root.path(), Scrutiny::Structure).0, Some(4));
 }
 
+fn keep(keep: usize) -> Retention {
+    Retention {
+        keep,
+        keep_every: None,
+    }
+}
+
 #[test]
 fn retention_keeps_the_newest() {
     let root = tempfile::tempdir().unwrap();
@@ -106,14 +113,14 @@ fn retention_keeps_the_newest() {
     }
     fs::create_dir(root.path().join("notes")).unwrap();
     fs::create_dir(root.path().join("step-7")).unwrap();
-    let deleted = retain(root.path(), 2, Scrutiny::Structure).unwrap();
+    let deleted = retain(root.path(), &keep(2), Scrutiny::Structure).unwrap();
     assert_eq!(deleted.len(), 3);
     assert_eq!(
         names(root.path()),
         ["notes", "step-00000004", "step-00000005", "step-7"]
     );
     assert!(
-        retain(root.path(), 2, Scrutiny::Structure)
+        retain(root.path(), &keep(2), Scrutiny::Structure)
             .unwrap()
             .is_empty()
     );
@@ -134,18 +141,18 @@ fn retention_never_deletes_the_only_valid_one() {
         fs::write(&part, bytes).unwrap();
     }
     assert!(
-        retain(root.path(), 1, Scrutiny::Payload)
+        retain(root.path(), &keep(1), Scrutiny::Payload)
             .unwrap()
             .is_empty()
     );
     assert!(
-        retain(root.path(), 0, Scrutiny::Payload)
+        retain(root.path(), &keep(0), Scrutiny::Payload)
             .unwrap()
             .is_empty()
     );
     assert_eq!(newest_step(root.path(), Scrutiny::Payload).0, Some(1));
     save_small_as(root.path(), 3, "2-3");
-    let deleted = retain(root.path(), 0, Scrutiny::Payload).unwrap();
+    let deleted = retain(root.path(), &keep(0), Scrutiny::Payload).unwrap();
     // Step 2 still has the structure of a checkpoint and is older than a sound one.
     assert_eq!(deleted.len(), 2);
     assert_eq!(names(root.path()), ["step-00000003"]);

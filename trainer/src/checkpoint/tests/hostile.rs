@@ -127,16 +127,16 @@ fn absurd_json_is_refused() {
     // The rest of a later version need not be understood to say so.
     let error = open_text(|text| {
         text.replace(
-            "\"format_version\": 1",
-            "\"format_version\": 2, \"novelty\": []",
+            "\"format_version\": 2",
+            "\"format_version\": 3, \"novelty\": []",
         )
     });
     assert!(
         matches!(
             error,
             Error::Version {
-                found: 2,
-                known: 1,
+                found: 3,
+                known: 2,
                 ..
             }
         ),

@@ -3,9 +3,11 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod catalogue;
+mod crash_states;
 mod damage;
 mod failures;
 mod hostile;
+mod retention;
 mod round_trip;
 mod save;
 pub(crate) mod trace;
