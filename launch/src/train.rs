@@ -29,6 +29,12 @@ pub struct TrainArgs {
     /// Go on although the configuration differs from the run's in what changes the result
     #[arg(long)]
     pub allow_config_change: bool,
+    /// Go on although the token data differ from those that the run was trained on
+    #[arg(long)]
+    pub allow_data_change: bool,
+    /// Resume without reading the checkpoint over first to compare all checksums
+    #[arg(long)]
+    pub no_verify: bool,
 }
 
 /// Runs the command.
@@ -41,6 +47,8 @@ pub fn run(args: &TrainArgs) -> Result<ExitCode> {
     let log = logging::init_rank(&config.run.dir, comm.rank());
     let options = Options {
         allow_config_change: args.allow_config_change,
+        allow_data_change: args.allow_data_change,
+        no_verify: args.no_verify,
         stop: stop_on_signals().context("cannot install signal handlers")?,
     };
     let outcome = log.map_err(anyhow::Error::from).and_then(|()| {

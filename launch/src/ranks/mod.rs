@@ -16,23 +16,31 @@
 //!   *its* group reaches no rank. `setpriv --pdeathsig` (util-linux) therefore asks the kernel to
 //!   kill `mpirun` when the launcher dies and each rank when its `mpirun` or remote daemon dies,
 //!   even by SIGKILL.
+//!   Whoever is left on this machine all the same (a rank that takes time to die, an `ssh` that
+//!   waits for a machine) is known by a mark in its environment, killed and waited for.
 //! - **A stop is asked for first.** Open MPI kills ranks one second after a SIGTERM, which is no
 //!   time to save in; it passes SIGUSR1 on. So the launcher turns the first SIGINT or SIGTERM into
 //!   SIGUSR1, and the second into SIGKILL.
 //!
-//! The supervisor knows nothing of training (only the words by which a rank says that it aborts):
-//! the program that a rank runs is a parameter, which is
-//! how it is tested with shell scripts under a real `mpirun`.
+//! The supervisor stays with one attempt; whether there is another one is decided by a policy of its
+//! own (`restart`), and on which machines by asking them (`probe`). Nothing here knows about training
+//! (only the words by which a rank says why it ends): the program that a rank runs is a parameter,
+//! which is how it is tested with shell scripts under a real `mpirun`.
 
 mod hosts;
+mod leftover;
 mod mpirun;
+mod probe;
+mod restart;
 mod supervisor;
 mod tags;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod verdict;
 
 pub use hosts::Hosts;
 pub use mpirun::Job;
-pub use supervisor::{Ending, Failure, Line, View, supervise};
+pub use probe::{Answer, PROBE_LIMIT, probe};
+pub use restart::{Decision, Progress, Restarts};
+pub use supervisor::{Ending, Failure, Line, Requests, View, supervise};
 pub use verdict::How;

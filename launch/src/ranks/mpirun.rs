@@ -1,6 +1,6 @@
 //! The command line of `mpirun`.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Result, bail};
 
 use super::hosts::Hosts;
+use super::leftover;
 
 /// Variables that ranks on other machines get as they are here, besides those that begin with
 /// [`OWN_PREFIX`]. Ranks on this machine inherit everything anyway.
@@ -27,8 +28,11 @@ const ROOT_CONSENT: [&str; 4] = [
     "PRTE_ALLOW_RUN_AS_ROOT_CONFIRM",
 ];
 
+/// What is started on a machine to see whether anything can be.
+const TRIVIAL: &str = "/bin/true";
+
 /// Ranks to start.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Job {
     /// What every rank runs.
     pub program: PathBuf,
@@ -56,31 +60,21 @@ impl Job {
     }
 
     /// The command that starts the ranks: in a process group of its own, so that a terminal's
-    /// Ctrl-C reaches the launcher only, with both outputs piped.
+    /// Ctrl-C reaches the launcher only, with both outputs piped. All processes below it carry
+    /// `mark` in their environment.
     ///
     /// # Errors
     /// `mpirun` or `setpriv` is not installed (the message says how to install it), or the program
     /// is not there.
-    pub fn command(&self) -> Result<Command> {
+    pub fn command(&self, mark: &str) -> Result<Command> {
         if !self.program.is_file() {
             bail!(
                 "cannot start ranks: {} is not a file",
                 self.program.display()
             );
         }
-        let mpirun = find("mpirun", "openmpi-bin")?;
-        let setpriv = find("setpriv", "util-linux")?;
-        let die_with_parent = [
-            setpriv.as_os_str(),
-            OsStr::new("--pdeathsig"),
-            OsStr::new("KILL"),
-        ];
-
-        let mut command = Command::new(&setpriv);
-        command.args(&die_with_parent[1..]).arg(mpirun);
-        // Open MPI would tie a rank with all its threads to one core (at one and two ranks), and
-        // refuse more ranks than cores.
-        command.args(["--bind-to", "none", "--oversubscribe", "--tag-output"]);
+        let (mut command, die_with_parent) = mpirun(mark)?;
+        command.arg("--tag-output");
         command.arg("-n").arg(self.ranks.to_string());
         if let Some(hosts) = &self.hosts {
             command.arg("--hostfile").arg(&hosts.path);
@@ -95,12 +89,7 @@ impl Job {
             }
             None => {}
         }
-        if rustix::process::geteuid().is_root() {
-            for name in ROOT_CONSENT {
-                command.env(name, "1");
-            }
-        }
-        for name in self.passed_on(&command) {
+        for name in passed_on(&command) {
             command.arg("-x").arg(name);
         }
 
@@ -108,31 +97,59 @@ impl Job {
             .args(die_with_parent)
             .arg(&self.program)
             .args(&self.arguments);
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        command.process_group(0);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
         Ok(command)
     }
+}
 
-    /// The names of the variables, set here or for `command`, that every rank must see.
-    fn passed_on(&self, command: &Command) -> Vec<OsString> {
-        let ours = command.get_envs().map(|(name, _)| name.to_owned());
-        let inherited = std::env::vars_os().map(|(name, _)| name);
-        let mut names: Vec<OsString> = ours
-            .chain(inherited)
-            .filter(|name| {
-                PASSED_ON.iter().any(|passed| name == passed)
-                    || name
-                        .to_str()
-                        .is_some_and(|name| name.starts_with(OWN_PREFIX))
-            })
-            .collect();
-        names.sort();
-        names.dedup();
-        names
+/// The command that starts a trivial program on one machine, in a process group of its own.
+///
+/// # Errors
+/// `mpirun` or `setpriv` is not installed.
+pub(super) fn probe(host: &str, mark: &str) -> Result<Command> {
+    let (mut command, _) = mpirun(mark)?;
+    command.args(["-n", "1", "--host", &format!("{host}:1"), TRIVIAL]);
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    Ok(command)
+}
+
+/// `mpirun` with the options that every use of it here needs, and the words that make a program die
+/// with its parent.
+fn mpirun(mark: &str) -> Result<(Command, [OsString; 3])> {
+    let mpirun = find("mpirun", "openmpi-bin")?;
+    let setpriv = find("setpriv", "util-linux")?;
+    let mut command = Command::new(&setpriv);
+    let die_with_parent: [OsString; 3] = [setpriv.into(), "--pdeathsig".into(), "KILL".into()];
+    command.args(&die_with_parent[1..]).arg(mpirun);
+    // Open MPI would tie a rank with all its threads to one core (at one and two ranks), and
+    // refuse more ranks than cores.
+    command.args(["--bind-to", "none", "--oversubscribe"]);
+    if rustix::process::geteuid().is_root() {
+        for name in ROOT_CONSENT {
+            command.env(name, "1");
+        }
     }
+    command.env(leftover::VARIABLE, mark);
+    command.stdin(Stdio::null()).process_group(0);
+    Ok((command, die_with_parent))
+}
+
+/// The names of the variables, set here or for `command`, that every rank must see.
+fn passed_on(command: &Command) -> Vec<OsString> {
+    let ours = command.get_envs().map(|(name, _)| name.to_owned());
+    let inherited = std::env::vars_os().map(|(name, _)| name);
+    let mut names: Vec<OsString> = ours
+        .chain(inherited)
+        .filter(|name| {
+            PASSED_ON.iter().any(|passed| name == passed)
+                || name
+                    .to_str()
+                    .is_some_and(|name| name.starts_with(OWN_PREFIX))
+        })
+        .collect();
+    names.sort();
+    names.dedup();
+    names
 }
 
 /// Looks a program up in PATH, and in `/usr/bin` when that is not part of it.
@@ -166,7 +183,7 @@ mod tests {
             hosts: None,
             threads: Some(3),
         };
-        let command = job.command().unwrap();
+        let command = job.command("a mark").unwrap();
         let words: Vec<_> = command
             .get_args()
             .map(|word| word.to_str().unwrap())

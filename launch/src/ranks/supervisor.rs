@@ -12,15 +12,19 @@ use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+use super::leftover;
 use super::mpirun::Job;
 use super::tags::Untagger;
-use super::verdict::{How, first_death};
+use super::verdict::{How, first_death, followed, lost};
 
 /// How often the child, the signals and the view get a look when nothing is said.
 const TICK: Duration = Duration::from_millis(100);
 
 /// How long `mpirun` may take to end the other ranks after one has died. It gives them one second.
 const REAPING: Duration = Duration::from_secs(5);
+
+/// How long the ranks may take to end by themselves once the watchdog has said that one is lost.
+const LEAVING: Duration = Duration::from_secs(30);
 
 /// How long lines may still come in after `mpirun` has ended.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -75,17 +79,53 @@ pub struct Failure {
     /// The last lines that the rank wrote to standard error; where none is named, those of
     /// `mpirun` and of every rank.
     pub words: Vec<String>,
+    /// Whether a rank got as far as running, as far as anybody knows.
+    pub started: bool,
+}
+
+impl Failure {
+    /// Who failed, and how, in a few words.
+    pub fn headline(&self) -> String {
+        match self.rank {
+            Some(rank) => format!("rank {rank} {}", self.how),
+            None if self.started => format!("a rank {}; mpirun did not say which", self.how),
+            None => format!("no rank was started, mpirun {}", self.how),
+        }
+    }
+}
+
+/// Requests to stop, of a person or of a scheduler: SIGINT and SIGTERM. From the first value on the
+/// two do not end this process any more.
+pub struct Requests {
+    signals: Signals,
+    seen: usize,
+}
+
+impl Requests {
+    /// Watches for them from now on.
+    ///
+    /// # Errors
+    /// The system does not let signals be caught.
+    pub fn watch() -> Result<Self> {
+        let signals = Signals::new([SIGINT, SIGTERM]).context("cannot watch for signals")?;
+        Ok(Self { signals, seen: 0 })
+    }
+
+    /// How many there have been so far.
+    pub fn seen(&mut self) -> usize {
+        self.seen += self.signals.pending().count();
+        self.seen
+    }
 }
 
 /// Starts the ranks of `job` and stays with them until all have ended.
 ///
 /// # Errors
 /// `mpirun` is missing or cannot be started. A job that started and failed is an [`Ending`].
-pub fn supervise(job: &Job, view: &mut dyn View) -> Result<Ending> {
-    let mut signals = Signals::new([SIGINT, SIGTERM]).context("cannot watch for signals")?;
+pub fn supervise(job: &Job, view: &mut dyn View, requests: &mut Requests) -> Result<Ending> {
     let mut family = Family::start(job)?;
     let mut heard = Heard::default();
-    let mut requests = 0;
+    let mut passed_on = 0;
     let mut deadline: Option<Instant> = None;
     let status = loop {
         match family.lines.recv_timeout(TICK) {
@@ -95,9 +135,9 @@ pub fn supervise(job: &Job, view: &mut dyn View) -> Result<Ending> {
             Err(RecvTimeoutError::Disconnected) => std::thread::sleep(TICK),
         }
         view.tick();
-        for _ in signals.pending() {
-            requests += 1;
-            if requests == 1 {
+        while passed_on < requests.seen() {
+            passed_on += 1;
+            if passed_on == 1 {
                 view.stopping();
                 family.signal(Signal::USR1);
             } else {
@@ -107,8 +147,9 @@ pub fn supervise(job: &Job, view: &mut dyn View) -> Result<Ending> {
         if let Some(status) = family.child.try_wait().context("cannot wait for mpirun")? {
             break status;
         }
-        if deadline.is_none() && heard.someone_died {
-            deadline = Some(Instant::now() + REAPING);
+        if let Some(patience) = heard.patience() {
+            let until = Instant::now() + patience;
+            deadline = Some(deadline.map_or(until, |deadline| deadline.min(until)));
         }
         if deadline.is_some_and(|deadline| Instant::now() > deadline) {
             // A daemon on an unreachable machine keeps mpirun alive for minutes.
@@ -123,18 +164,20 @@ pub fn supervise(job: &Job, view: &mut dyn View) -> Result<Ending> {
         heard.line(line, view);
     }
     view.tick();
-    Ok(heard.ending(status, requests))
+    Ok(heard.ending(status, passed_on))
 }
 
 /// `mpirun` and the threads that read its outputs. Dropping it leaves no process behind.
 struct Family {
     child: Child,
     lines: Receiver<Line>,
+    mark: String,
 }
 
 impl Family {
     fn start(job: &Job) -> Result<Self> {
-        let mut child = job.command()?.spawn().context("cannot start mpirun")?;
+        let mark = leftover::new_mark();
+        let mut child = job.command(&mark)?.spawn().context("cannot start mpirun")?;
         let (sender, lines) = channel();
         let outputs: [Option<Box<dyn Read + Send>>; 2] = [
             child.stdout.take().map(|output| Box::new(output) as _),
@@ -146,7 +189,7 @@ impl Family {
                 std::thread::spawn(move || read_lines(output, error, &sender));
             }
         }
-        Ok(Self { child, lines })
+        Ok(Self { child, lines, mark })
     }
 
     fn pid(&self) -> Option<Pid> {
@@ -174,6 +217,7 @@ impl Drop for Family {
         self.kill();
         // Killed or ended: this returns at once and leaves no zombie.
         let _ = self.child.wait();
+        leftover::end_all(&self.mark);
     }
 }
 
@@ -199,6 +243,10 @@ struct Heard {
     /// The last lines on standard error by rank, mpirun's own under `None`.
     last: BTreeMap<Option<usize>, VecDeque<String>>,
     someone_died: bool,
+    /// The first rank that the watchdog named as lost, and why.
+    lost: Option<(usize, String)>,
+    /// Whether any rank has said anything.
+    someone_spoke: bool,
 }
 
 impl Heard {
@@ -211,6 +259,10 @@ impl Heard {
                 || line.text.contains("noticed that process rank")
                 || line.text.contains("the job has been aborted");
         } else {
+            self.someone_spoke = true;
+            if line.error && self.lost.is_none() {
+                self.lost = lost(&line.text);
+            }
             view.line(&line);
         }
         if line.error && !line.text.starts_with("-----") {
@@ -220,6 +272,22 @@ impl Heard {
             }
             last.push_back(line.text);
         }
+    }
+
+    /// How long the job may go on after what was heard; none while nothing is wrong.
+    fn patience(&self) -> Option<Duration> {
+        let lost = self.lost.is_some().then_some(LEAVING);
+        self.someone_died.then_some(REAPING).or(lost)
+    }
+
+    /// The rank that the last words of `rank` give as their reason, if they do, or itself. Those
+    /// that follow a failed rank leave with it, and may be first.
+    fn culprit(&self, rank: usize) -> usize {
+        let words = |rank: usize| self.last.get(&Some(rank)).into_iter().flatten();
+        let named = words(rank).rev().find_map(|line| followed(line));
+        named
+            .filter(|&named| words(named).next().is_some())
+            .unwrap_or(rank)
     }
 
     /// The rank that said that it aborts the run.
@@ -251,15 +319,28 @@ impl Heard {
         if status.code() == Some(STOPPED) {
             return Ending::Stopped;
         }
-        let (rank, how) = match first_death(&self.mpirun) {
-            Some((rank, how)) => (Some(rank), how),
-            None => (self.aborted(), own_end(status)),
+        let verdict = first_death(&self.mpirun);
+        let (rank, how) = match (self.lost.take(), verdict) {
+            (Some((rank, reason)), Some((named, how @ How::Signal(_)))) if rank == named => (
+                Some(rank),
+                How::Lost(format!("{reason} (mpirun: it {how})")),
+            ),
+            (Some((rank, reason)), _) => (Some(rank), How::Lost(reason)),
+            (None, Some((rank, how @ How::Exit(_)))) => (Some(self.culprit(rank)), how),
+            (None, Some((rank, how))) => (Some(rank), how),
+            (None, None) => (self.aborted(), own_end(status)),
         };
+        let started = rank.is_some() || self.someone_spoke || matches!(how, How::Signal(_));
         let words = match rank {
             Some(_) => self.last.remove(&rank).unwrap_or_default().into(),
             None => self.everything(),
         };
-        Ending::Failed(Failure { rank, how, words })
+        Ending::Failed(Failure {
+            rank,
+            how,
+            words,
+            started,
+        })
     }
 }
 

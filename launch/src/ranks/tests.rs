@@ -12,8 +12,8 @@ use super::*;
 
 /// Keeps everything for the assertions and raises a signal when it hears a certain line.
 #[derive(Default)]
-struct Listener {
-    lines: Vec<Line>,
+pub(crate) struct Listener {
+    pub(crate) lines: Vec<Line>,
     stop_at: Option<(&'static str, usize)>,
     stopping: usize,
 }
@@ -37,13 +37,56 @@ impl View for Listener {
 }
 
 /// Signals and start-up times are shared by all tests of a process: one job at a time.
-fn alone() -> MutexGuard<'static, ()> {
+pub(crate) fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Runs the test `name` in a process of its own, in which these variables are set; true in there.
+/// The environment is read at many places, and a process cannot change its own safely.
+pub(crate) fn with_variables(name: &str, variables: &[(&str, &Path)]) -> bool {
+    const INSIDE: &str = "OXITRON_TEST_INSIDE";
+    if std::env::var_os(INSIDE).is_some() {
+        return true;
+    }
+    let _alone = alone();
+    let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+    command
+        .args(["--exact", name, "--nocapture"])
+        .env(INSIDE, "1");
+    command.envs(variables.iter().copied());
+    let output = command.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success() && said.contains("1 passed"),
+        "{said}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    false
+}
+
+/// Stands in for ssh: runs the command here, whatever the machine, unless there is a file
+/// `down-MACHINE` in `folder`; then it waits for ever and leaves its number there.
+pub(crate) fn fake_ssh(folder: &Path) -> PathBuf {
+    use std::os::unix::fs::PermissionsExt;
+    let agent = folder.join("ssh.sh");
+    let folder = folder.display();
+    let script = format!(
+        "#!/bin/sh\nhost=$1; shift\n\
+         [ -e '{folder}/down-'$host ] && {{ echo $$ >'{folder}/pid-ssh-'$$; exec sleep 600; }}\n\
+         exec sh -c \"$*\"\n"
+    );
+    std::fs::write(&agent, script).unwrap();
+    std::fs::set_permissions(&agent, std::fs::Permissions::from_mode(0o755)).unwrap();
+    agent
+}
+
+fn supervise(job: &Job, listener: &mut Listener) -> anyhow::Result<Ending> {
+    super::supervise(job, listener, &mut Requests::watch()?)
+}
+
 /// Ranks that run `script` with `$1` as their folder and `$rank` as their number.
-fn job(ranks: usize, folder: &Path, script: &str) -> Job {
+pub(crate) fn job(ranks: usize, folder: &Path, script: &str) -> Job {
     let script = format!("rank=$OMPI_COMM_WORLD_RANK; echo $$ >\"$1/pid-$rank\"; {script}");
     Job {
         program: PathBuf::from("/bin/sh"),
@@ -55,7 +98,7 @@ fn job(ranks: usize, folder: &Path, script: &str) -> Job {
 }
 
 /// The process numbers that the ranks left in `folder`.
-fn pids(folder: &Path) -> Vec<String> {
+pub(crate) fn pids(folder: &Path) -> Vec<String> {
     let files = std::fs::read_dir(folder)
         .unwrap()
         .map(|entry| entry.unwrap().path());
@@ -72,7 +115,7 @@ fn pids(folder: &Path) -> Vec<String> {
 }
 
 /// Waits until none of the processes lives; a zombie does not.
-fn assert_all_gone(pids: &[String]) {
+pub(crate) fn assert_all_gone(pids: &[String]) {
     let begun = Instant::now();
     let lives = |pid: &String| {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
@@ -111,7 +154,7 @@ fn failure(ranks: usize, script: &str) -> (Failure, Listener) {
 }
 
 /// Waits in a way that a signal ends at once, as a shell's `sleep` would not.
-const WAIT: &str = "sleep 60 & wait";
+pub(crate) const WAIT: &str = "sleep 60 & wait";
 
 #[test]
 fn more_ranks_than_cores_run_to_their_end_and_share_the_threads() {
@@ -158,6 +201,61 @@ fn ranks_that_ignore_the_end_are_killed() {
     let script = "trap '' TERM; [ $rank = 0 ] && sleep 1 && exit 4; while :; do sleep 1; done";
     let (failure, _) = failure(2, script);
     assert_eq!((failure.rank, failure.how), (Some(0), How::Exit(4)));
+}
+
+#[test]
+fn the_watchdog_names_the_rank_that_is_lost_and_not_the_one_that_left_first() {
+    let script = "[ $rank = 0 ] && sleep 1 && \
+                  echo 'watchdog: lost rank 2 (node7, pid 4711): its connection closed' >&2 && \
+                  exit 1; ";
+    let (failure, _) = failure(3, &format!("{script}{WAIT}"));
+    let reason = "(node7, pid 4711): its connection closed";
+    assert_eq!(
+        (failure.rank, failure.how),
+        (Some(2), How::Lost(reason.to_owned()))
+    );
+}
+
+#[test]
+fn a_rank_that_leaves_with_another_is_not_the_one_that_failed() {
+    let script = "[ $rank = 0 ] && echo 'oxitron: no disk' >&2; [ $rank = 1 ] && sleep 1 && \
+                  echo 'oxitron: rank 0 failed, see its log; this rank stops with it' >&2 && \
+                  exit 1; ";
+    let (failure, _) = failure(2, &format!("{script}{WAIT}"));
+    assert_eq!((failure.rank, failure.how), (Some(0), How::Exit(1)));
+    assert_eq!(failure.words, ["oxitron: no disk"]);
+}
+
+#[test]
+fn machines_that_do_not_answer_are_found_in_time_and_nobody_waits_for_them_any_more() {
+    let folder = tempfile::tempdir().unwrap();
+    let agent = fake_ssh(folder.path());
+    std::fs::write(folder.path().join("down-node2"), "").unwrap();
+    let name = "ranks::tests::machines_that_do_not_answer_are_found_in_time_and_nobody_waits_for_them_any_more";
+    if !with_variables(
+        name,
+        &[
+            ("OMPI_MCA_plm_rsh_agent", &agent),
+            ("FOLDER", folder.path()),
+        ],
+    ) {
+        return;
+    }
+    let hosts = ["node1", "node2", "node3"].map(str::to_owned);
+    let limit = Duration::from_secs(4);
+    let begun = Instant::now();
+    let answers = probe(&hosts, limit, || false).unwrap().unwrap();
+    assert!(begun.elapsed() < 3 * limit);
+    let dead: Vec<_> = answers
+        .iter()
+        .map(|answer| (&*answer.host, answer.dead.as_deref()))
+        .collect();
+    let silent = Some("no answer in 4 s");
+    assert_eq!(dead, [("node1", None), ("node2", silent), ("node3", None)]);
+    let waiting = pids(Path::new(&std::env::var_os("FOLDER").unwrap()));
+    assert_eq!(waiting.len(), 1);
+    assert_all_gone(&waiting);
+    assert!(probe(&hosts, limit, || true).unwrap().is_none());
 }
 
 #[test]
@@ -215,7 +313,7 @@ fn no_rank_outlives_a_launcher_that_vanished() {
     let watched = folder.path().to_owned();
     let vanishing = std::thread::spawn(move || {
         // Neither waited for nor killed.
-        let child = job.command().unwrap().spawn().unwrap();
+        let child = job.command(&leftover::new_mark()).unwrap().spawn().unwrap();
         let begun = Instant::now();
         while pids(&watched).iter().filter(|pid| !pid.is_empty()).count() < 3 {
             assert!(

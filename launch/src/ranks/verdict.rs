@@ -15,16 +15,30 @@
 //! Lines may be wrapped differently, so they are joined before they are searched. Open MPI leaves
 //! them out now and then (a rank that dies while others still start); then only the exit code of
 //! `mpirun` is known, which is that of the rank, or 128 and the signal.
+//!
+//! `mpirun` names whoever *exited* first. Where a rank hangs or its machine vanishes, that is one of
+//! those who noticed. Two kinds of words name the culprit then, and win: those of the watchdog on
+//! rank 0 (`watchdog: lost rank 2 (node7, pid 4711): its connection closed`), and the error with
+//! which a rank follows another (`rank 2 failed, see its log; …`).
 
 use std::fmt;
 
+/// By these words, on rank 0's standard error, the watchdog says which rank is lost; the rank's
+/// number follows, and a reason.
+pub const LOST_MARK: &str = "watchdog: lost rank ";
+
+/// Words of the error of a rank that leaves because another one, named before, has failed.
+const FOLLOWS_MARK: &str = " failed, see its log";
+
 /// How a rank ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum How {
     /// It returned this exit code, not 0.
     Exit(i32),
     /// This signal killed it.
     Signal(i32),
+    /// The watchdog lost it, with this for a reason.
+    Lost(String),
 }
 
 impl How {
@@ -52,6 +66,7 @@ impl fmt::Display for How {
                 Some(name) => write!(f, "was killed by {name}"),
                 None => write!(f, "was killed by signal {signal}"),
             },
+            Self::Lost(reason) => write!(f, "was lost {reason}"),
         }
     }
 }
@@ -60,6 +75,21 @@ impl fmt::Display for How {
 pub fn first_death(words: &str) -> Option<(usize, How)> {
     let words = words.split_whitespace().collect::<Vec<_>>().join(" ");
     killed(&words).or_else(|| exited(&words))
+}
+
+/// The rank that a line of the watchdog names as lost, and why.
+pub fn lost(line: &str) -> Option<(usize, String)> {
+    let (_, rest) = line.split_once(LOST_MARK)?;
+    let rank = leading_number(rest)?;
+    let reason = rest.trim_start_matches(|c: char| c.is_ascii_digit());
+    Some((rank, reason.trim().to_owned()))
+}
+
+/// The rank whose failure a line of another rank gives as its reason.
+pub fn followed(line: &str) -> Option<usize> {
+    let (before, _) = line.split_once(FOLLOWS_MARK)?;
+    let (_, rank) = before.rsplit_once("rank ")?;
+    rank.parse().ok()
 }
 
 fn killed(words: &str) -> Option<(usize, How)> {
@@ -109,6 +139,26 @@ mod tests {
             );
             assert_eq!(first_death(&words), Some((3, How::Exit(75))));
         }
+    }
+
+    #[test]
+    fn the_watchdog_names_who_is_lost_and_why() {
+        let line = "WARN watchdog: lost rank 12 (node7, pid 4711): its connection closed; ends";
+        let (rank, reason) = lost(line).unwrap();
+        assert_eq!(rank, 12);
+        assert_eq!(
+            How::Lost(reason).to_string(),
+            "was lost (node7, pid 4711): its connection closed; ends"
+        );
+        assert_eq!(lost("watchdog: all ranks live"), None);
+    }
+
+    #[test]
+    fn a_rank_that_follows_another_names_it() {
+        use oxitron_trainer::run::RunError;
+        let error = RunError::OtherRank { rank: 13 }.to_string();
+        assert_eq!(followed(&format!("oxitron: {error}")), Some(13));
+        assert_eq!(followed("oxitron: no rank failed"), None);
     }
 
     #[test]

@@ -34,6 +34,10 @@ use crate::zero::Zero;
 pub struct Options {
     /// Resume although the configuration differs in what changes the result.
     pub allow_config_change: bool,
+    /// Resume although the token data differ from those that the run was trained on.
+    pub allow_data_change: bool,
+    /// Resume from a checkpoint whose payload has not been read over to compare its checksums.
+    pub no_verify: bool,
     /// Set from outside to end the run after the step under way, with a checkpoint.
     pub stop: Arc<AtomicBool>,
 }
