@@ -77,10 +77,12 @@ fn any_number(_: usize, _: &Hosts) -> bool {
 }
 
 /// Runs `script` on `ranks` ranks, with `$1` as its folder, `$rank`, and in `$n` the number of the
-/// attempt, which rank 1 counts.
+/// attempt. Every rank counts for itself, and none goes on before all have.
 fn attempts<'a>(ranks: usize, restarts: u32, folder: &'a Path, script: &str) -> Attempts<'a> {
-    let count = "n=$(cat \"$1/count\" 2>/dev/null || echo 0); n=$((n + 1)); \
-                 [ $rank = 1 ] && echo $n >\"$1/count\"; sleep 0.5; ";
+    let count = "n=$(cat \"$1/count-$rank\" 2>/dev/null || echo 0); n=$((n + 1)); \
+                 echo $n >\"$1/count-$rank\"; \
+                 while [ $(cat \"$1\"/count-* | grep -cx $n) -lt $OMPI_COMM_WORLD_SIZE ]; \
+                 do sleep 0.1; done; ";
     Attempts {
         job: job(ranks, folder, &format!("{count}{script}")),
         max_restarts: restarts,
@@ -93,7 +95,7 @@ fn attempts<'a>(ranks: usize, restarts: u32, folder: &'a Path, script: &str) -> 
 }
 
 fn count(folder: &Path) -> String {
-    let count = std::fs::read_to_string(folder.join("count")).unwrap();
+    let count = std::fs::read_to_string(folder.join("count-1")).unwrap();
     count.trim().to_owned()
 }
 

@@ -66,7 +66,8 @@ pub(crate) fn with_variables(name: &str, variables: &[(&str, &Path)]) -> bool {
 }
 
 /// Stands in for ssh: runs the command here, whatever the machine, unless there is a file
-/// `down-MACHINE` in `folder`; then it waits for ever and leaves its number there.
+/// `down-MACHINE` in `folder`; then it waits for ever and leaves its number there. Each machine has
+/// its folder for temporary files: daemons of one job get into each other's way in a common one.
 pub(crate) fn fake_ssh(folder: &Path) -> PathBuf {
     use std::os::unix::fs::PermissionsExt;
     let agent = folder.join("ssh.sh");
@@ -74,7 +75,7 @@ pub(crate) fn fake_ssh(folder: &Path) -> PathBuf {
     let script = format!(
         "#!/bin/sh\nhost=$1; shift\n\
          [ -e '{folder}/down-'$host ] && {{ echo $$ >'{folder}/pid-ssh-'$$; exec sleep 600; }}\n\
-         exec sh -c \"$*\"\n"
+         export TMPDIR='{folder}/'$host; mkdir -p \"$TMPDIR\"; exec sh -c \"$*\"\n"
     );
     std::fs::write(&agent, script).unwrap();
     std::fs::set_permissions(&agent, std::fs::Permissions::from_mode(0o755)).unwrap();
