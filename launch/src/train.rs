@@ -8,8 +8,10 @@ use std::sync::atomic::AtomicBool;
 use anyhow::{Context, Result};
 use oxitron_trainer::comm::Comm;
 use oxitron_trainer::config::Config;
+use oxitron_trainer::faults;
 use oxitron_trainer::metrics::logging;
-use oxitron_trainer::run::{self, Options, Outcome};
+use oxitron_trainer::run::{self, Options, Outcome, Watch};
+use rustix::process::{Signal, getpid, kill_process};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 
 use crate::exit;
@@ -42,6 +44,7 @@ pub struct TrainArgs {
 /// # Errors
 /// A refused configuration, and whatever keeps the run from starting or going on.
 pub fn run(args: &TrainArgs) -> Result<ExitCode> {
+    faults::setup()?;
     let config = Config::load(&args.config, &args.sets)?;
     let comm = Comm::from_environment()?;
     let log = logging::init_rank(&config.run.dir, comm.rank());
@@ -51,27 +54,46 @@ pub fn run(args: &TrainArgs) -> Result<ExitCode> {
         no_verify: args.no_verify,
         stop: stop_on_signals().context("cannot install signal handlers")?,
     };
+    let mut watch = None;
     let outcome = log.map_err(anyhow::Error::from).and_then(|()| {
-        run::train(&config, &comm, &options).map_err(|error| {
-            tracing::error!("{error}");
-            error.into()
-        })
+        let stop = Arc::clone(&options.stop);
+        let watch = watch.insert(Watch::new(&config, &comm, Arc::new(end_process), stop)?);
+        Ok(run::train(&config, &comm, watch, &options)?)
     });
-    match outcome {
-        Ok(outcome) => {
-            comm.finish()?;
-            Ok(match outcome {
-                Outcome::Finished => ExitCode::SUCCESS,
-                Outcome::Stopped => ExitCode::from(exit::STOPPED),
-            })
+    let left = match &outcome {
+        Ok(Outcome::Finished | Outcome::Stopped) => comm.finish(),
+        Ok(Outcome::Abandoned) => {
+            comm.desert();
+            Ok(())
         }
         Err(error) => {
+            tracing::error!("{error}");
             // Leaves the other ranks, or brings them down when they do not leave as well: they
             // must not wait for this one for ever.
             drop(comm);
-            Err(error)
+            Ok(())
         }
+    };
+    if let Some(watch) = watch {
+        watch.leave();
     }
+    let outcome = outcome?;
+    left?;
+    Ok(match outcome {
+        Outcome::Finished => ExitCode::SUCCESS,
+        Outcome::Stopped | Outcome::Abandoned => ExitCode::from(exit::STOPPED),
+    })
+}
+
+/// Ends this process although some of its threads are stuck.
+fn end_process(verdict: &str) {
+    tracing::error!("the run is lost: {verdict}");
+    std::thread::spawn(|| {
+        // What runs at an exit may wait for a thread that is stuck.
+        std::thread::sleep(std::time::Duration::from_secs(3));
+        let _ = kill_process(getpid(), Signal::KILL);
+    });
+    std::process::exit(1);
 }
 
 /// A flag that the first stop signal sets; the second ends the process.

@@ -6,10 +6,12 @@
 //! * [`operands`]: tensors become slices here, after their device, dtype, shape, layout and overlap
 //!   have been checked;
 //! * [`stacks`]: how a thread is made to tell where it is, whatever it is doing;
+//! * [`priority`]: threads that give way to those that compute;
 //! * [`symbol`]: functions that a build of libtorch may or may not export.
 
 pub mod operands;
 pub mod parallel;
+pub mod priority;
 pub mod split;
 pub mod stacks;
 pub mod symbol;

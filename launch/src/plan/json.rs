@@ -73,6 +73,7 @@ fn stage(report: &Report, index: usize) -> Value {
         "moments_bytes": state.moments,
         "buffers_bytes": state.buffers,
         "state_bytes": state.total(),
+        "staging_bytes": figures.staging,
         "inputs_bytes": figures.inputs,
         "activations_bytes": activations.total(),
         "activations_kept_bytes": activations.kept,

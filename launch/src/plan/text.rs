@@ -160,6 +160,11 @@ fn figures(report: &Report) -> Table {
         "units held for a while",
         &size(|stage| stage.figures.state.buffers),
     );
+    row(
+        "  staging",
+        "saves, in the background",
+        &size(|stage| stage.figures.staging),
+    );
     row("  tokens, RoPE", "", &size(|stage| stage.figures.inputs));
     let recompute = |index: usize| report.plan.shapes[index].recompute;
     let how = if recompute(0) {
@@ -222,7 +227,7 @@ fn figures(report: &Report) -> Table {
     );
     row(
         "  control",
-        "32 bytes, all ranks",
+        "48 bytes, all ranks",
         &size(|stage| stage.figures.control),
     );
     row("  together", "", &size(|stage| stage.figures.sent()));

@@ -83,10 +83,15 @@ pub(super) fn describe(event: &Event) -> String {
         Event::Validation { loss, seconds, .. } => {
             format!("validation loss {loss:.4} in {}", duration(*seconds))
         }
-        Event::SaveStaged { step, seconds } => {
+        Event::SaveStaged {
+            step,
+            bytes: size,
+            seconds,
+        } => {
             format!(
-                "state of step {} copied aside in {}",
+                "state of step {} copied aside, {} per rank in {}",
                 grouped(*step),
+                bytes(*size),
                 duration(*seconds)
             )
         }
@@ -102,12 +107,50 @@ pub(super) fn describe(event: &Event) -> String {
                 duration(*seconds)
             )
         }
-        Event::Skip { reason, .. } => format!("skipped an update: {reason}"),
-        Event::Rollback {
-            to_step, reason, ..
-        } => {
-            format!("rolled back to step {}: {reason}", grouped(*to_step))
+        Event::SaveFailed { step, reason } => {
+            format!("could not save step {}: {reason}", grouped(*step))
         }
+        Event::SaveSkipped { step } => format!(
+            "left out the save of step {}: the one before was being written",
+            grouped(*step)
+        ),
+        Event::CheckpointRejected { step, reason } => {
+            format!("checkpoint of step {} is damaged: {reason}", grouped(*step))
+        }
+        Event::DataChanged { difference, .. } => {
+            format!("goes on with changed token data: {difference}")
+        }
+        Event::ConfigChanged { difference, .. } => {
+            format!("goes on with a changed configuration: {difference}")
+        }
+        Event::Skip {
+            reason,
+            first_sample,
+            end_sample,
+            ..
+        } => format!("skipped an update (samples {first_sample}..{end_sample}): {reason}"),
+        Event::Rollback {
+            to_step,
+            reason,
+            first_sample,
+            end_sample,
+            ..
+        } => {
+            format!(
+                "rolled back to step {}, without samples {first_sample}..{end_sample}: {reason}",
+                grouped(*to_step)
+            )
+        }
+        Event::SlowRank {
+            rank,
+            seconds,
+            median_seconds,
+            ..
+        } => format!(
+            "rank {rank} computes {} per step, the median rank {}",
+            duration(*seconds),
+            duration(*median_seconds)
+        ),
         Event::Restart {
             restarts,
             failed_rank,

@@ -57,13 +57,11 @@ fn step(k: u64) -> StepRecord {
 /// A run of four stages that was killed at step 170, resumed at 150, and finished.
 fn synthetic_run(run: &Path) {
     let mut writer = MetricsWriter::open(run, 1).unwrap();
-    writer
-        .event(Event::Start {
-            run_id: "0f3a".into(),
-            world: 2,
-            version: "0.1.0".into(),
-        })
-        .unwrap();
+    writer.event(Event::Start {
+        run_id: "0f3a".into(),
+        world: 2,
+        version: "0.1.0".into(),
+    });
     let walk = |writer: &mut MetricsWriter, from: u64, to: u64| {
         for k in from..=to {
             let (stage, seq_len, rope_base) = STAGES[((k - 1) / STEPS_PER_STAGE) as usize];
@@ -79,10 +77,10 @@ fn synthetic_run(run: &Path) {
                     seq_len,
                     rope_base,
                 };
-                writer.event(switch).unwrap();
+                writer.event(switch);
             }
             let record = step(k);
-            writer.step(&record).unwrap();
+            writer.step(&record);
             let tokens = record.tokens;
             if k % 25 == 0 {
                 let loss = 2.55 + 6.2 * (-(k as f64) / 45.0).exp() + 0.2 / (k as f64 / 100.0);
@@ -96,19 +94,17 @@ fn synthetic_run(run: &Path) {
                     target_tokens,
                     seconds,
                 };
-                writer.event(event).unwrap();
+                writer.event(event);
             }
             if k % 50 == 0 {
                 let checkpoint = format!("checkpoints/step-{k:08}");
                 let (step, bytes, seconds) = (k, 512 << 20, 0.8);
-                writer
-                    .event(Event::SaveDurable {
-                        step,
-                        checkpoint,
-                        bytes,
-                        seconds,
-                    })
-                    .unwrap();
+                writer.event(Event::SaveDurable {
+                    step,
+                    checkpoint,
+                    bytes,
+                    seconds,
+                });
             }
         }
     };
@@ -116,23 +112,19 @@ fn synthetic_run(run: &Path) {
     let mut writer = MetricsWriter::open(run, 2).unwrap();
     let checkpoint = "checkpoints/step-00000150".to_owned();
     let tokens = 150 * BATCH_TOKENS;
-    writer
-        .event(Event::Resume {
-            step: 150,
-            tokens,
-            checkpoint,
-            world: 2,
-        })
-        .unwrap();
+    writer.event(Event::Resume {
+        step: 150,
+        tokens,
+        checkpoint,
+        world: 2,
+    });
     walk(&mut writer, 151, 400);
     let (step, reason) = (400, StopReason::Finished);
-    writer
-        .event(Event::Stop {
-            step,
-            reason,
-            detail: None,
-        })
-        .unwrap();
+    writer.event(Event::Stop {
+        step,
+        reason,
+        detail: None,
+    });
     fs::write(
         run.join("config.toml"),
         "[run]\nname = \"synthetic\" # </pre><script>alert('config')</script>\nseed = 17\n\n\
@@ -204,19 +196,15 @@ fn the_page_asks_nobody_and_runs_nothing_of_others() {
     synthetic_run(&run);
     let evil = "<script>alert('event')</script>";
     let mut writer = MetricsWriter::open(&run, 3).unwrap();
-    writer
-        .event(Event::Restart {
-            restarts: 1,
-            failed_rank: Some(1),
-            reason: evil.into(),
-        })
-        .unwrap();
-    writer
-        .step(&StepRecord {
-            stage: "\"><svg onload=alert(2)>".into(),
-            ..step(401)
-        })
-        .unwrap();
+    writer.event(Event::Restart {
+        restarts: 1,
+        failed_rank: Some(1),
+        reason: evil.into(),
+    });
+    writer.step(&StepRecord {
+        stage: "\"><svg onload=alert(2)>".into(),
+        ..step(401)
+    });
     let (page, _, _) = reported(&run).unwrap();
     assert_eq!(page.matches("<script").count(), 1, "only the page's own");
     for text in ["<img", "<svg onload", "</pre><script", "alert('"] {
@@ -242,7 +230,7 @@ fn one_step_and_figures_that_are_not_finite_make_a_page() {
         tokens: 0,
         ..step(1)
     };
-    writer.step(&odd).unwrap();
+    writer.step(&odd);
     let (page, out, warnings) = reported(folder.path()).unwrap();
     let attributes = page.split('"').skip(1).step_by(2);
     let is_place = |text: &&str| text.contains('%') || text.starts_with('M');
@@ -258,12 +246,10 @@ fn one_step_and_figures_that_are_not_finite_make_a_page() {
     );
     assert!(out.contains("4k"), "{out}");
     assert!(warnings.contains("shows no config"), "{warnings}");
-    writer
-        .step(&StepRecord {
-            loss: 3.0,
-            ..step(2)
-        })
-        .unwrap();
+    writer.step(&StepRecord {
+        loss: 3.0,
+        ..step(2)
+    });
     assert!(reported(folder.path()).is_ok());
 }
 

@@ -89,11 +89,21 @@ pub(super) fn inspect(step: u64, dir: &Path, scrutiny: Scrutiny) -> Result<Check
 /// The folder cannot be listed. A checkpoint that cannot be used is not an error here: it is in
 /// [`Newest::rejected`], and the caller tells the user.
 pub fn newest_valid(dir: &Path, scrutiny: Scrutiny) -> Result<Newest, Error> {
+    newest_valid_before(dir, u64::MAX, scrutiny)
+}
+
+/// The same among the checkpoints of steps before `before`: for a run that goes back, or that has
+/// found a newer one damaged.
+///
+/// # Errors
+/// As [`newest_valid`].
+pub fn newest_valid_before(dir: &Path, before: u64, scrutiny: Scrutiny) -> Result<Newest, Error> {
     let mut newest = Newest {
         checkpoint: None,
         rejected: Vec::new(),
     };
-    for (step, dir) in list(dir)? {
+    let earlier = list(dir)?.into_iter().filter(|(step, _)| *step < before);
+    for (step, dir) in earlier {
         match inspect(step, &dir, scrutiny) {
             Ok(checkpoint) => {
                 newest.checkpoint = Some(checkpoint);

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Region;
 use super::dtype::Dtype;
+use crate::guard::{BadStepsState, SpikeState};
 pub(super) use crate::zero::StateKind;
 
 /// The name of the manifest in a checkpoint folder.
@@ -19,7 +20,8 @@ pub(super) const FORMAT: &str = "oxitron-checkpoint";
 pub struct FormatLimits;
 
 impl FormatLimits {
-    /// The format version this build writes. 2 has the purpose of the checkpoint.
+    /// The format version this build writes. 2 has the purpose of the
+    /// checkpoint, the samples left out and the memory of the guard.
     pub const VERSION: u32 = 2;
     /// The oldest format version this build reads.
     pub const OLDEST: u32 = 1;
@@ -67,6 +69,13 @@ pub struct ManifestMeta {
     pub special_tokens: SpecialTokens,
     /// Samples whose steps were skipped.
     pub skipped: Vec<SkippedRange>,
+    /// Samples that are left out because the run went back to before them: `[first, end]` by index
+    /// in the run.
+    #[serde(default)]
+    pub left_out: Vec<[u64; 2]>,
+    /// What is remembered of the steps before, to tell bad ones.
+    #[serde(default)]
+    pub guard: GuardState,
     /// The resolved config as TOML. Its `[model]` table describes the tensors.
     pub config: String,
 }
@@ -96,6 +105,30 @@ impl fmt::Display for Purpose {
             Self::Stop => "stop",
         })
     }
+}
+
+impl ManifestMeta {
+    /// The stages that are done: the index of the one that the next step belongs to. Behind the
+    /// last stage of a run that had no more, others may have been added.
+    pub fn stages_done(&self) -> usize {
+        let after_last = || self.stage.as_ref().map_or(0, |stage| stage.index + 1);
+        self.next_stage.unwrap_or_else(after_last)
+    }
+
+    /// The last stage of which a step was taken; the first before any.
+    pub fn last_stage_begun(&self) -> usize {
+        self.stage.as_ref().map_or(0, |stage| stage.index)
+    }
+}
+
+/// What a run remembers of its steps, to tell bad ones.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GuardState {
+    /// The window that steps are compared with.
+    pub spikes: SpikeState,
+    /// What has been done about bad steps so far.
+    pub bad_steps: BadStepsState,
 }
 
 /// A context stage, as far as a checkpoint needs to tell it.

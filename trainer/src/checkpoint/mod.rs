@@ -73,14 +73,16 @@ pub(crate) use manifest::is_plain_name;
 
 pub use crate::zero::StateKind;
 pub use amend::amend;
-pub use catalogue::{Newest, Rejected, Scrutiny, find, folder_name, newest_valid};
+pub use catalogue::{
+    Newest, Rejected, Scrutiny, find, folder_name, newest_valid, newest_valid_before,
+};
 pub use dtype::Dtype;
 pub use error::Error;
 pub use geometry::Region;
 pub use leftovers::{discard, remove_stale};
 pub use manifest::{
-    FileEntry, FileKind, FormatLimits, Manifest, ManifestMeta, Piece, Purpose, ScheduleState,
-    SkippedRange, SpecialTokens, StageMark, StateEntry, TensorEntry,
+    FileEntry, FileKind, FormatLimits, GuardState, Manifest, ManifestMeta, Piece, Purpose,
+    ScheduleState, SkippedRange, SpecialTokens, StageMark, StateEntry, TensorEntry,
 };
 pub use open::Checkpoint;
 pub use retention::{Retention, delete, retain, retire};

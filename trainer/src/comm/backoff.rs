@@ -6,35 +6,7 @@
 //! computes, every look takes the core away from it, and what is under way fills the network for
 //! longer than a pause lasts.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
-
-/// How many threads wait for a ticket of a communicator at the moment.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Waiters(Arc<AtomicUsize>);
-
-impl Waiters {
-    /// Counts a waiter for as long as the guard lives.
-    pub(super) fn enter(&self) -> WaiterGuard<'_> {
-        self.0.fetch_add(1, Ordering::Relaxed);
-        WaiterGuard(&self.0)
-    }
-
-    /// Whether there is one.
-    pub(super) fn any(&self) -> bool {
-        self.0.load(Ordering::Relaxed) > 0
-    }
-}
-
-/// A thread that waits.
-pub(super) struct WaiterGuard<'a>(&'a AtomicUsize);
-
-impl Drop for WaiterGuard<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
 
 /// How long to pause between polls.
 ///
@@ -105,14 +77,10 @@ mod tests {
 
     #[test]
     fn behind_compute_it_sleeps_from_the_start() {
-        let (mut backoff, waiters) = (Backoff::default(), Waiters::default());
-        let first = backoff.next(waiters.any());
+        let mut backoff = Backoff::default();
+        let first = backoff.next(false);
         assert!(matches!(first, Pause::Sleep(pause) if pause == Backoff::SHORTEST_BEHIND));
-        let waiting = waiters.enter();
-        assert!(
-            !matches!(backoff.next(waiters.any()), Pause::Sleep(pause) if pause > Backoff::LONGEST)
-        );
-        drop(waiting);
-        assert!(!waiters.any());
+        let awaited = backoff.next(true);
+        assert!(!matches!(awaited, Pause::Sleep(pause) if pause > Backoff::LONGEST));
     }
 }

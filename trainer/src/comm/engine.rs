@@ -10,10 +10,11 @@ use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::time::{Duration, Instant};
 
-use super::backoff::{Backoff, Pause, Waiters};
+use super::backoff::{Backoff, Pause};
 use super::operation::Operation;
 use super::queue::LaneQueue;
 use super::transport::Transport;
+use super::waiters::Waiters;
 
 /// What the communication thread can be told.
 pub(super) enum Command {

@@ -62,6 +62,14 @@ pub enum Error {
         /// What happened to the one that it comes after.
         cause: Arc<Error>,
     },
+    /// The step was given up while this rank waited (`Monitor::interrupt`).
+    #[error("{operation} on {lane} was given up, because the step is")]
+    Interrupted {
+        /// The lane, with its ranks.
+        lane: String,
+        /// The operation that was waited for.
+        operation: &'static str,
+    },
     /// The communication thread has ended, so nothing can be sent any more.
     #[error("the communication thread of rank {rank} has ended: {reason}")]
     Closed {

@@ -5,7 +5,6 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use super::backoff::Waiters;
 use super::engine::{self, Command};
 use super::environment::Environment;
 use super::error::{Error, Result};
@@ -13,10 +12,11 @@ use super::lane::Lane;
 use super::members::Members;
 use super::schedule::Place;
 use super::threads;
+use super::waiters::{Monitor, Waiters};
 
 /// How long a handle that is dropped without [`Comm::finish`] waits for the other ranks before it
 /// brings them down.
-const DROP_LIMIT: Duration = Duration::from_secs(10);
+const DROP_LIMIT: Duration = Duration::from_secs(3);
 
 /// What a rank that aborts a run of processes writes to standard error between its name and the
 /// reason, as in `rank 3 ends the run: the disk is full`. A launcher can tell the rank by it, where
@@ -30,7 +30,7 @@ const MAX_LANES: u32 = 32_767;
 ///
 /// It owns the communication thread. End it with [`Comm::finish`] when all went well and with
 /// [`Comm::abort`] when the other ranks must not go on. Dropped without either, it behaves like
-/// `finish` with a limit of ten seconds, after which it aborts; dropped by a panic, it aborts.
+/// `finish` with a limit of three seconds, after which it aborts; dropped by a panic, it aborts.
 #[derive(Debug)]
 pub struct Comm {
     rank: usize,
@@ -38,6 +38,7 @@ pub struct Comm {
     local_rank: usize,
     local_world: usize,
     next_lane: AtomicU32,
+    waiters: Waiters,
     /// Absent in a world of one.
     link: Option<Link>,
 }
@@ -45,7 +46,6 @@ pub struct Comm {
 #[derive(Debug)]
 struct Link {
     commands: Sender<Command>,
-    waiters: Waiters,
     thread: JoinHandle<()>,
 }
 
@@ -53,7 +53,7 @@ impl Comm {
     /// A world of this one process. Operations return at once.
     #[must_use]
     pub fn solo() -> Self {
-        Self::new(0, 1, 0, 1, None)
+        Self::new((0, 1), (0, 1), Waiters::default(), None)
     }
 
     /// A world of `world` ranks in this process, one handle for each, to be moved to its thread.
@@ -75,17 +75,8 @@ impl Comm {
             let waiters = Waiters::default();
             let counted = waiters.clone();
             let thread = spawn(rank, move || engine::run(transport, &received, counted))?;
-            Ok(Self::new(
-                rank,
-                world,
-                rank,
-                world,
-                Some(Link {
-                    commands,
-                    waiters,
-                    thread,
-                }),
-            ))
+            let link = Some(Link { commands, thread });
+            Ok(Self::new((rank, world), (rank, world), waiters, link))
         };
         threads::world(world)
             .into_iter()
@@ -151,25 +142,15 @@ impl Comm {
         let ended = |_| Error::Start("the communication thread ended during start-up".to_owned());
         let position = started.recv().map_err(ended)??;
         let (rank, world) = (position.rank, position.world);
-        let link = Some(Link {
-            commands,
-            waiters,
-            thread,
-        });
-        Ok(Self::new(
-            rank,
-            world,
-            position.local_rank,
-            position.local_world,
-            link,
-        ))
+        let local = (position.local_rank, position.local_world);
+        let link = Some(Link { commands, thread });
+        Ok(Self::new((rank, world), local, waiters, link))
     }
 
     fn new(
-        rank: usize,
-        world: usize,
-        local_rank: usize,
-        local_world: usize,
+        (rank, world): (usize, usize),
+        (local_rank, local_world): (usize, usize),
+        waiters: Waiters,
         link: Option<Link>,
     ) -> Self {
         Self {
@@ -178,6 +159,7 @@ impl Comm {
             local_rank,
             local_world,
             next_lane: AtomicU32::new(0),
+            waiters,
             link,
         }
     }
@@ -204,6 +186,12 @@ impl Comm {
     #[must_use]
     pub fn local_world(&self) -> usize {
         self.local_world
+    }
+
+    /// A look from outside at what this rank waits for.
+    #[must_use]
+    pub fn monitor(&self) -> Monitor {
+        Monitor(self.waiters.clone())
     }
 
     /// Creates a lane over `ranks` (in any order; the lane sorts them), of which this rank is one.
@@ -244,9 +232,8 @@ impl Comm {
             index,
             size: sorted.len(),
         };
-        let link = self.link.as_ref();
-        let commands = link.map(|link| link.commands.clone());
-        let waiters = link.map(|link| link.waiters.clone()).unwrap_or_default();
+        let commands = self.link.as_ref().map(|link| link.commands.clone());
+        let waiters = self.waiters.clone();
         Ok(Lane::new(
             Members { id, ranks: sorted },
             place,
@@ -269,6 +256,15 @@ impl Comm {
         };
         link.leave(None)
             .map_err(|reason| Error::Closed { rank, reason })
+    }
+
+    /// Leaves without meeting the others, because operations are under way that will never end. MPI
+    /// is not finalised: the process must end right after, and so must all others of the run.
+    pub fn desert(mut self) {
+        if let Some(link) = self.link.take() {
+            // The thread goes on to poll for the rest of the process's life.
+            std::mem::forget(link);
+        }
     }
 
     /// Brings the other ranks down because this one cannot go on: the last resort. Between

@@ -7,7 +7,6 @@ use std::sync::mpsc::Sender;
 use tch::Tensor;
 
 use super::alone::Alone;
-use super::backoff::Waiters;
 use super::buffer::{Buffer, Element, checked};
 use super::engine::Command;
 use super::event::Event;
@@ -18,6 +17,7 @@ use super::schedule::{
     Schedule, Target, Way,
 };
 use super::ticket::{Promise, Ticket};
+use super::waiters::{Label, Waiters};
 
 /// The schedules of an operation, or why its arguments do not fit.
 type Plan = Result<Vec<Box<dyn Schedule>>, String>;
@@ -297,7 +297,11 @@ impl Lane {
         plan: impl FnOnce(Buffer) -> Plan,
     ) -> Ticket {
         let planned = checked(&tensor).and_then(plan);
-        let (promise, ticket) = Promise::new(self.rank, self.waiters.clone());
+        let label = Label {
+            operation: name,
+            lane: Arc::clone(&self.members),
+        };
+        let (promise, ticket) = Promise::new(self.rank, label, self.waiters.clone());
         let (phases, refused) = match planned {
             Ok(phases) => (phases.into(), None),
             Err(reason) => (VecDeque::new(), Some(reason)),

@@ -6,7 +6,7 @@ use std::fmt;
 const LISTED_RANKS: usize = 8;
 
 /// The ranks of a lane and its number.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Members {
     pub(super) id: u32,
     /// Ranks of the world, ascending.

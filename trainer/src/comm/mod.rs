@@ -33,6 +33,8 @@
 //!   operation and peer failed. A ticket may be dropped: the communication thread keeps the memory
 //!   until the operation is over.
 //! - **No core is burnt.** Idle, the thread sleeps; busy, it polls with a growing pause.
+//! - **Waiting can be watched and ended.** A [`Monitor`] says which collective a rank waits for, and
+//!   can interrupt it when a step is given up.
 //! - **A clean end.** [`Comm::finish`] returns when all ranks have left; [`Comm::abort`] is the last
 //!   resort that takes the others along.
 //!
@@ -59,9 +61,11 @@ mod schedule;
 mod threads;
 mod ticket;
 mod transport;
+mod waiters;
 
 pub use environment::Environment;
 pub use error::{Error, Result};
 pub use handle::{ABORT_MARK, Comm};
 pub use lane::{Lane, Wire};
 pub use ticket::{Ticket, Traffic};
+pub use waiters::Monitor;

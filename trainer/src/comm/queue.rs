@@ -172,7 +172,7 @@ mod tests {
         let mut queue: LaneQueue<Request> = LaneQueue::default();
         let event = Event::default();
         let tickets = [vec![event.clone()], Vec::new()].map(|after| {
-            let (promise, ticket) = Promise::new(0, Default::default());
+            let (promise, ticket) = Promise::new(0, Default::default(), Default::default());
             queue.push(Operation {
                 name: "nothing",
                 lane: Arc::new(Members {

@@ -6,13 +6,13 @@
 //! an error, so nobody waits for ever.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tch::Tensor;
 
-use super::backoff::Waiters;
 use super::error::{Error, Result};
 use super::event::Event;
+use super::waiters::{Label, Waiters};
 
 /// What one operation cost this rank.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -26,6 +26,9 @@ pub struct Traffic {
     /// the caller of [`Ticket::wait`].
     pub busy_seconds: f64,
 }
+
+/// How often a waiter looks whether it has been interrupted.
+const LOOK: Duration = Duration::from_millis(100);
 
 type Outcome = Result<(Tensor, Traffic)>;
 
@@ -46,6 +49,7 @@ impl Slot {
 pub struct Ticket {
     slot: Arc<Slot>,
     event: Event,
+    label: Label,
     waiters: Waiters,
 }
 
@@ -54,6 +58,7 @@ impl Ticket {
     ///
     /// # Errors
     /// Whatever stopped the operation; it names the lane, the operation and the peer.
+    /// [`Error::Interrupted`] when it is not done and nobody shall wait for it.
     pub fn wait(self) -> Result<(Tensor, Traffic)> {
         let mut outcome = self.slot.lock();
         let mut waiting = None;
@@ -61,12 +66,15 @@ impl Ticket {
             if let Some(outcome) = outcome.take() {
                 return outcome;
             }
-            waiting.get_or_insert_with(|| self.waiters.enter());
-            outcome = self
-                .slot
-                .done
-                .wait(outcome)
-                .unwrap_or_else(PoisonError::into_inner);
+            if self.waiters.interrupted() {
+                return Err(Error::Interrupted {
+                    lane: self.label.lane.to_string(),
+                    operation: self.label.operation,
+                });
+            }
+            waiting.get_or_insert_with(|| self.waiters.enter(&self.label));
+            let woken = self.slot.done.wait_timeout(outcome, LOOK);
+            outcome = woken.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
@@ -100,7 +108,7 @@ pub(super) struct Promise {
 impl Promise {
     /// A promise and its ticket, for an operation of `rank`; whoever waits for the ticket counts
     /// among `waiters`.
-    pub(super) fn new(rank: usize, waiters: Waiters) -> (Self, Ticket) {
+    pub(super) fn new(rank: usize, label: Label, waiters: Waiters) -> (Self, Ticket) {
         let slot = Arc::new(Slot {
             outcome: Mutex::new(None),
             done: Condvar::new(),
@@ -115,6 +123,7 @@ impl Promise {
             Ticket {
                 slot,
                 event,
+                label,
                 waiters,
             },
         )
@@ -155,7 +164,7 @@ mod tests {
 
     #[test]
     fn a_lost_promise_wakes_the_waiter_with_an_error() {
-        let (promise, ticket) = Promise::new(3, Waiters::default());
+        let (promise, ticket) = Promise::new(3, Label::default(), Waiters::default());
         assert!(!ticket.is_ready());
         let waiter = std::thread::spawn(move || ticket.wait());
         drop(promise);
@@ -164,8 +173,26 @@ mod tests {
     }
 
     #[test]
+    fn a_waiter_is_seen_and_can_be_interrupted() {
+        let waiters = Waiters::default();
+        let monitor = super::super::Monitor(waiters.clone());
+        let (promise, ticket) = Promise::new(3, Label::default(), waiters.clone());
+        assert_eq!(monitor.waiting(), None);
+        let waiter = std::thread::spawn(move || ticket.wait());
+        while monitor.waiting().is_none() {
+            std::thread::yield_now();
+        }
+        assert!(waiters.any());
+        monitor.interrupt();
+        let error = waiter.join().unwrap().unwrap_err();
+        assert!(matches!(error, Error::Interrupted { .. }), "{error}");
+        assert_eq!(monitor.waiting(), None);
+        drop(promise);
+    }
+
+    #[test]
     fn a_fulfilled_promise_hands_over_the_tensor_once() {
-        let (promise, ticket) = Promise::new(0, Waiters::default());
+        let (promise, ticket) = Promise::new(0, Label::default(), Waiters::default());
         let traffic = Traffic {
             bytes_sent: 8,
             begun: Some(Instant::now()),

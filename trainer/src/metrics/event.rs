@@ -75,6 +75,8 @@ pub enum Event {
     SaveStaged {
         /// Step of the checkpoint.
         step: u64,
+        /// Bytes that one rank copied.
+        bytes: u64,
         /// Time the step loop stood still for it.
         seconds: f64,
     },
@@ -89,12 +91,49 @@ pub enum Event {
         /// Time from the request to the manifest on disk.
         seconds: f64,
     },
+    /// A save could not be written. Earlier checkpoints are as they were, and the run goes on.
+    SaveFailed {
+        /// Step of the checkpoint that there is not.
+        step: u64,
+        /// Why.
+        reason: String,
+    },
+    /// A save was left out, because the one before was still being written.
+    SaveSkipped {
+        /// Step at which it was due.
+        step: u64,
+    },
+    /// A checkpoint that should have been used is damaged; an older one is tried.
+    CheckpointRejected {
+        /// Its step.
+        step: u64,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The run goes on with token data that differ from those it began with, as it was told to.
+    DataChanged {
+        /// Step of the checkpoint it continues from.
+        step: u64,
+        /// What differs.
+        difference: String,
+    },
+    /// The run goes on with a changed configuration, as it was told to.
+    ConfigChanged {
+        /// Step of the checkpoint it continues from.
+        step: u64,
+        /// What differs.
+        difference: String,
+    },
     /// An update was skipped.
     Skip {
         /// The step that was skipped.
         step: u64,
         /// Why.
         reason: String,
+        /// Index of the first sample of its batch in the run's stream of samples.
+        first_sample: u64,
+        /// Index after the last.
+        end_sample: u64,
     },
     /// The run went back to a checkpoint by itself; the next record has `to_step + 1`.
     Rollback {
@@ -104,6 +143,21 @@ pub enum Event {
         to_step: u64,
         /// Why.
         reason: String,
+        /// Index of the first of the samples that are left out from now on.
+        first_sample: u64,
+        /// Index after the last of them.
+        end_sample: u64,
+    },
+    /// A rank computes more slowly than the others.
+    SlowRank {
+        /// Steps taken by then.
+        step: u64,
+        /// The rank.
+        rank: u32,
+        /// Median time it computes in a step.
+        seconds: f64,
+        /// The same over all ranks.
+        median_seconds: f64,
     },
     /// The launcher starts the ranks again after a failure.
     Restart {
@@ -158,6 +212,12 @@ impl Event {
             | Self::Validation { step, .. }
             | Self::SaveStaged { step, .. }
             | Self::SaveDurable { step, .. }
+            | Self::SaveFailed { step, .. }
+            | Self::SaveSkipped { step }
+            | Self::CheckpointRejected { step, .. }
+            | Self::DataChanged { step, .. }
+            | Self::ConfigChanged { step, .. }
+            | Self::SlowRank { step, .. }
             | Self::Skip { step, .. }
             | Self::Rollback { step, .. }
             | Self::ChoiceChanged { step, .. }

@@ -72,9 +72,13 @@ impl MetricsError {
 pub(super) struct JsonLog {
     path: PathBuf,
     file: File,
-    /// The line in the making: kept so that a line costs one `write` and no allocation.
-    line: Vec<u8>,
+    /// Lines that are not in the file yet: the one in the making, and those before it for which
+    /// there was no room.
+    pending: Vec<u8>,
 }
+
+/// Bytes of lines that are kept for later when they cannot be written: days of steps.
+const MOST_PENDING: usize = 16 << 20;
 
 impl JsonLog {
     /// Opens `path`, creating it if need be, and makes sure that the next line starts afresh.
@@ -91,32 +95,97 @@ impl JsonLog {
         let mut log = Self {
             path: path.to_owned(),
             file,
-            line: Vec::new(),
+            pending: Vec::new(),
         };
         log.mend_tail()
             .map_err(MetricsError::io(path, "mend the last line"))?;
         Ok(log)
     }
 
-    /// Appends one line.
+    /// Appends one line. A line that cannot be written, because the disk is full for instance, is
+    /// kept and written before the next one.
     pub(super) fn append(&mut self, record: &impl Serialize) -> Result<(), MetricsError> {
-        self.line.clear();
-        serde_json::to_writer(&mut self.line, record).map_err(|source| MetricsError::Encode {
-            path: self.path.clone(),
-            source,
-        })?;
-        self.line.push(b'\n');
-        if let Err(source) = self.file.write_all(&self.line) {
-            // A full disk may have taken half a line. Cut it off again, so that the file stays
-            // readable if there is room later; if even that fails, the next `open` mends it.
-            let _ = self.mend_tail();
+        let start = self.pending.len();
+        if let Err(source) = serde_json::to_writer(&mut self.pending, record) {
+            self.pending.truncate(start);
             let path = self.path.clone();
-            return Err(MetricsError::Io {
-                path,
-                action: "append a record",
-                source,
-            });
+            return Err(MetricsError::Encode { path, source });
         }
+        self.pending.push(b'\n');
+        self.write_pending()
+    }
+
+    /// Writes the lines that are not in the file yet.
+    pub(super) fn write_pending(&mut self) -> Result<(), MetricsError> {
+        let mut written = 0;
+        while written < self.pending.len() {
+            match self.file.write(&self.pending[written..]) {
+                Ok(count) if count > 0 => written += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                stopped => {
+                    let source = stopped.err().unwrap_or(io::ErrorKind::WriteZero.into());
+                    self.withdraw(written);
+                    let path = self.path.clone();
+                    let action = "append a record";
+                    return Err(MetricsError::Io {
+                        path,
+                        action,
+                        source,
+                    });
+                }
+            }
+        }
+        self.pending.clear();
+        Ok(())
+    }
+
+    /// Cuts the `written` bytes off again that the file took of more, so that it ends with a whole
+    /// line. If even that fails, the next `open` mends it.
+    fn withdraw(&mut self, written: usize) {
+        let length = self.file.metadata().map(|data| data.len());
+        if let Ok(length) = length
+            && written > 0
+        {
+            let _ = self.file.set_len(length.saturating_sub(written as u64));
+        }
+        if self.pending.len() > MOST_PENDING {
+            let excess = self.pending.len() - MOST_PENDING;
+            let line = self.pending[excess..]
+                .iter()
+                .position(|&byte| byte == b'\n');
+            let dropped = excess + line.map_or(0, |end| end + 1);
+            self.pending.drain(..dropped);
+            tracing::warn!(
+                "{}: {dropped} bytes of records are lost: they could not be written, and no more \
+                 are kept",
+                self.path.display()
+            );
+        }
+    }
+
+    /// Makes the file anew if somebody has removed it: what is written to it is lost otherwise.
+    pub(super) fn reopen_if_removed(&mut self) -> Result<(), MetricsError> {
+        use std::os::unix::fs::MetadataExt as _;
+        let same = |found: &std::fs::Metadata, open: &std::fs::Metadata| {
+            (found.dev(), found.ino()) == (open.dev(), open.ino())
+        };
+        let open = self.file.metadata();
+        if let (Ok(found), Ok(open)) = (std::fs::metadata(&self.path), &open)
+            && same(&found, open)
+        {
+            return Ok(());
+        }
+        if let Some(folder) = self.path.parent() {
+            std::fs::create_dir_all(folder)
+                .map_err(MetricsError::io(folder, "create the folder"))?;
+        }
+        let pending = std::mem::take(&mut self.pending);
+        *self = Self::open(&self.path.clone())?;
+        self.pending = pending;
+        tracing::warn!(
+            "{}: was removed while the run writes to it; a new file begins here",
+            self.path.display()
+        );
         Ok(())
     }
 

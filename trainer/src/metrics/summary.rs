@@ -174,21 +174,17 @@ mod tests {
             target_tokens: 1,
             seconds: 1.5,
         };
-        writer.event(switch(0, None, "4k", 10_000.0)).unwrap();
+        writer.event(switch(0, None, "4k", 10_000.0));
         for k in 1..=12 {
-            writer.step(&record(k, "4k", k as f64)).unwrap();
+            writer.step(&record(k, "4k", k as f64));
         }
-        writer.event(validation(6, "4k", 9.0)).unwrap();
-        writer.event(validation(12, "4k", 8.0)).unwrap();
-        writer
-            .event(switch(12, Some("4k"), "8k", 500_000.0))
-            .unwrap();
-        writer
-            .step(&StepRecord {
-                skipped: true,
-                ..record(13, "8k", f64::NAN)
-            })
-            .unwrap();
+        writer.event(validation(6, "4k", 9.0));
+        writer.event(validation(12, "4k", 8.0));
+        writer.event(switch(12, Some("4k"), "8k", 500_000.0));
+        writer.step(&StepRecord {
+            skipped: true,
+            ..record(13, "8k", f64::NAN)
+        });
         let summaries = stage_summaries(&History::read(folder.path()).unwrap());
         assert_eq!(summaries.len(), 2);
         let first = &summaries[0];

@@ -13,12 +13,17 @@ use super::{EVENTS_FILE, Event, EventRecord, METRICS_FILE, MetricsError, StepRec
 /// Every call appends whole records with one `write` each and leaves nothing in a buffer, so a
 /// killed process loses at most the record it was writing. Surviving a power cut needs
 /// [`sync`](Self::sync), which belongs beside a save.
+///
+/// A run does not end because its figures cannot be written. Once the files are open, trouble with
+/// them is said in the log, once; records are kept in memory and written when there is room again
+/// (TensorBoard's copy of them is left out).
 #[derive(Debug)]
 pub struct MetricsWriter {
     attempt: u32,
     steps: JsonLog,
     events: EventLog,
     tensorboard: EventFile,
+    in_trouble: bool,
 }
 
 impl MetricsWriter {
@@ -36,6 +41,7 @@ impl MetricsWriter {
             steps: JsonLog::open(&run_dir.join(METRICS_FILE))?,
             events: EventLog::open(run_dir, attempt)?,
             tensorboard: EventFile::create(&folder, attempt)?,
+            in_trouble: false,
         })
     }
 
@@ -45,10 +51,39 @@ impl MetricsWriter {
     }
 
     /// Appends the record of a step; its `attempt` is set to the writer's.
-    ///
-    /// # Errors
-    /// A file that cannot be appended to, for instance because the disk is full.
-    pub fn step(&mut self, record: &StepRecord) -> Result<(), MetricsError> {
+    pub fn step(&mut self, record: &StepRecord) {
+        let written = self.write_step(record);
+        self.tolerate(written);
+    }
+
+    /// Appends an event.
+    pub fn event(&mut self, event: Event) {
+        let written = self.write_event(event);
+        self.tolerate(written);
+    }
+
+    /// Waits until everything written so far is on disk.
+    pub fn sync(&mut self) {
+        let synced = self.write_through();
+        self.tolerate(synced);
+    }
+
+    /// Says what is wrong with the files when it begins and when it is over.
+    fn tolerate(&mut self, result: Result<(), MetricsError>) {
+        match result {
+            Ok(()) if self.in_trouble => {
+                self.in_trouble = false;
+                tracing::info!("the run's figures can be written again");
+            }
+            Err(error) if !self.in_trouble => {
+                self.in_trouble = true;
+                tracing::error!("the run goes on, but its figures cannot be written: {error}");
+            }
+            _ => {}
+        }
+    }
+
+    fn write_step(&mut self, record: &StepRecord) -> Result<(), MetricsError> {
         let record = StepRecord {
             attempt: self.attempt,
             ..record.clone()
@@ -76,26 +111,28 @@ impl MetricsWriter {
             .scalars(unix_seconds(), record.step, &scalars)
     }
 
-    /// Appends an event.
-    ///
-    /// # Errors
-    /// A file that cannot be appended to.
-    pub fn event(&mut self, event: Event) -> Result<(), MetricsError> {
-        if let Event::Validation { step, loss, .. } = &event {
+    fn write_event(&mut self, event: Event) -> Result<(), MetricsError> {
+        let of_tensorboard = self.tensorboard_event(&event);
+        self.events.append(event)?;
+        of_tensorboard
+    }
+
+    fn tensorboard_event(&mut self, event: &Event) -> Result<(), MetricsError> {
+        if let Event::Validation { step, loss, .. } = event {
             self.tensorboard
                 .scalars(unix_seconds(), *step, &[("validation/loss", *loss)])?;
         }
         if let Some(step) = event.continues_from() {
             self.tensorboard.session_start(unix_seconds(), step + 1)?;
         }
-        self.events.append(event)
+        Ok(())
     }
 
-    /// Waits until everything written so far is on disk.
-    ///
-    /// # Errors
-    /// What the disk answers.
-    pub fn sync(&self) -> Result<(), MetricsError> {
+    fn write_through(&mut self) -> Result<(), MetricsError> {
+        for log in [&mut self.steps, &mut self.events.log] {
+            log.reopen_if_removed()?;
+            log.write_pending()?;
+        }
         self.steps.sync()?;
         self.events.log.sync()?;
         self.tensorboard.sync()

@@ -11,6 +11,7 @@ mod layout;
 mod memory;
 mod mesh;
 mod shards;
+mod staging;
 mod step;
 #[cfg(test)]
 mod tests;
@@ -22,6 +23,7 @@ pub use layout::{Holding, Layout};
 pub use memory::{StateBytes, state_bytes};
 pub use mesh::Mesh;
 pub use shards::{GRANULE, Piece, Shard, ShardMap};
+pub use staging::{share, staging_bytes};
 pub use step::{StepShape, emit_evaluation, emit_opening, emit_step};
 pub use traffic::{StepTraffic, WireBytes, step_traffic};
 pub use units::{

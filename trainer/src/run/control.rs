@@ -1,19 +1,21 @@
 //! The step's one agreement between all ranks.
 //!
 //! Whatever ranks must agree on in a step travels in a single sum of fixed size: the loss, the
-//! number of targets, the gradient norm, and whether anybody asked to stop. Decisions are made from
-//! the sums alone, so every rank decides alike.
+//! number of targets, the gradient norm, whether anybody asked to stop, and how saves get on.
+//! Decisions are made from the sums alone, so every rank decides alike.
 
 use oxitron_kernels::norm::SumOfSquares;
 use tch::Tensor;
 
 use super::RunError;
 use crate::comm::Lane;
+use crate::faults;
+use crate::guard::{self, Cause, Spikes};
 use crate::model::Loss;
 use crate::zero::CommClock;
 
 /// Numbers in the sum, fp64 each.
-const VALUES: usize = 4;
+const VALUES: usize = 6;
 
 /// The most bytes that one of `ranks` ranks sends for the sum: it adds up a slice of the numbers
 /// and sends that to all others, who do the same with theirs.
@@ -30,7 +32,18 @@ pub(super) struct Contribution {
     pub(super) loss: Loss,
     /// Over the rank's slices, of the gradient of the summed loss.
     pub(super) gradient: SumOfSquares,
+    pub(super) flags: Flags,
+}
+
+/// What a rank has to say beside its share of the step; summed up, whether any rank says so.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Flags {
+    /// Somebody asked the run to stop.
     pub(super) stop_requested: bool,
+    /// A checkpoint is still being written.
+    pub(super) saving: bool,
+    /// A part of a checkpoint could not be written since the last step.
+    pub(super) save_failed: bool,
 }
 
 /// What all ranks know afterwards.
@@ -40,7 +53,21 @@ pub(super) struct Agreement {
     pub(super) loss: Loss,
     /// Norm of the gradient of the mean loss, before clipping.
     pub(super) grad_norm: f64,
-    pub(super) stop_requested: bool,
+    /// What at least one rank said.
+    pub(super) flags: Flags,
+}
+
+impl Contribution {
+    /// Spoiled, where a test asks for it.
+    pub(super) fn with_faults(mut self) -> Self {
+        if let Some(fault) = faults::at("step::loss") {
+            self.loss.sum = fault.apply(self.loss.sum);
+        }
+        if let Some(fault) = faults::at("step::gradient") {
+            self.gradient.sum = fault.apply(self.gradient.sum);
+        }
+        self
+    }
 }
 
 /// What to do with the gradient.
@@ -49,25 +76,29 @@ pub(super) enum Verdict {
     /// Update with the gradient times this factor, which averages over the targets and clips.
     Update { gradient_scale: f64 },
     /// Leave weights and moments alone.
-    Skip { reason: &'static str },
+    Skip { cause: Cause },
 }
 
 impl Agreement {
-    /// Clips to `clip_norm` (0 for no clipping), or skips what is not finite.
-    pub(super) fn verdict(&self, clip_norm: f64) -> Verdict {
+    /// Clips to `clip_norm` (0 for no clipping), or skips what is not finite or, where `spikes` are
+    /// watched, stands out.
+    pub(super) fn verdict(&self, clip_norm: f64, spikes: Option<&mut Spikes>) -> Verdict {
+        let skip = |reason| Verdict::Skip {
+            cause: Cause::Unusable(reason),
+        };
         if self.loss.targets == 0 {
-            return Verdict::Skip {
-                reason: "the batch has no target token",
-            };
+            return skip("the batch has no target token");
         }
         if !self.loss.sum.is_finite() {
-            return Verdict::Skip {
-                reason: "the loss is not finite",
-            };
+            return skip("the loss is not finite");
         }
         if !self.grad_norm.is_finite() {
+            return skip("the gradient norm is not finite");
+        }
+        let look = |spikes: &mut Spikes| spikes.observe(self.loss.mean(), self.grad_norm);
+        if let Some(guard::Verdict::Spike(spike)) = spikes.map(look) {
             return Verdict::Skip {
-                reason: "the gradient norm is not finite",
+                cause: Cause::Spike(spike),
             };
         }
         // The small constant is that of torch.nn.utils.clip_grad_norm_, kept for parity.
@@ -92,7 +123,9 @@ pub(super) fn agree(
         mine.loss.sum,
         mine.loss.targets as f64,
         mine.gradient.sum,
-        f64::from(u8::from(mine.stop_requested)),
+        f64::from(u8::from(mine.flags.stop_requested)),
+        f64::from(u8::from(mine.flags.saving)),
+        f64::from(u8::from(mine.flags.save_failed)),
     ];
     let sums = sum(lane, &mine, clock)?;
     let targets = sums[1] as u64;
@@ -102,7 +135,11 @@ pub(super) fn agree(
             targets,
         },
         grad_norm: sums[2].sqrt() / targets.max(1) as f64,
-        stop_requested: sums[3] > 0.0,
+        flags: Flags {
+            stop_requested: sums[3] > 0.0,
+            saving: sums[4] > 0.0,
+            save_failed: sums[5] > 0.0,
+        },
     })
 }
 
@@ -129,24 +166,24 @@ mod tests {
         Agreement {
             loss: Loss { sum, targets },
             grad_norm,
-            stop_requested: false,
+            flags: Flags::default(),
         }
     }
 
     #[test]
     fn clipping_scales_down_only() {
-        let Verdict::Update { gradient_scale } = agreement(8.0, 4, 10.0).verdict(1.0) else {
+        let Verdict::Update { gradient_scale } = agreement(8.0, 4, 10.0).verdict(1.0, None) else {
             panic!("a finite step is not skipped")
         };
         assert!((gradient_scale - 1.0 / (10.0 + 1e-6) / 4.0).abs() < 1e-15);
         assert_eq!(
-            agreement(8.0, 4, 0.5).verdict(1.0),
+            agreement(8.0, 4, 0.5).verdict(1.0, None),
             Verdict::Update {
                 gradient_scale: 0.25
             }
         );
         assert_eq!(
-            agreement(8.0, 4, 10.0).verdict(0.0),
+            agreement(8.0, 4, 10.0).verdict(0.0, None),
             Verdict::Update {
                 gradient_scale: 0.25
             }
@@ -160,7 +197,7 @@ mod tests {
             agreement(1.0, 4, f64::INFINITY),
             agreement(0.0, 0, 0.0),
         ] {
-            assert!(matches!(bad.verdict(1.0), Verdict::Skip { .. }));
+            assert!(matches!(bad.verdict(1.0, None), Verdict::Skip { .. }));
         }
     }
 }

@@ -44,9 +44,32 @@ pub enum RunError {
     NoneUsable {
         /// The folder of the run's checkpoints.
         dir: PathBuf,
-        /// What is wrong with the newest. Part of the message, hence not a `source`.
-        reason: crate::checkpoint::Error,
+        /// What is wrong with the newest.
+        reason: String,
     },
+    /// The state with which the run ends could not be saved.
+    #[error(
+        "the state after step {step}, the last, could not be saved in {}: see the error above, or \
+         in the log of another rank; make room there and start again: the run goes on from its \
+         newest checkpoint",
+        dir.display()
+    )]
+    LastSave {
+        /// The step.
+        step: u64,
+        /// The folder of checkpoints.
+        dir: PathBuf,
+    },
+    /// The step under way is given up on all ranks, because the run is to stop. Not an error of the
+    /// run: what it ends with says how that went.
+    #[error("the step under way is given up, because the run is to stop")]
+    Abandoned,
+    /// Ranks cannot watch over each other.
+    #[error(transparent)]
+    Watchdog(#[from] crate::guard::watchdog::WatchdogError),
+    /// Bad steps of which the run does not get free by itself.
+    #[error("{0}")]
+    BadSteps(String),
     /// A file or folder of the run.
     #[error("{}: cannot {action}: {source}{}", path.display(), io_remedy(source))]
     Io {
@@ -112,6 +135,12 @@ pub enum RunError {
     /// Metrics and events.
     #[error(transparent)]
     Metrics(#[from] crate::metrics::MetricsError),
+}
+
+impl From<crate::guard::watchdog::Abandoned> for RunError {
+    fn from(_: crate::guard::watchdog::Abandoned) -> Self {
+        Self::Abandoned
+    }
 }
 
 impl RunError {

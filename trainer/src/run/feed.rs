@@ -1,11 +1,14 @@
 //! From the data to the micro-batches of a rank.
 
+use std::ops::Range;
 use std::time::Duration;
 
-use oxitron_data::{BatchIndex, Cursor, Dataset, Loader, LoaderOptions, NO_TARGET, Sample, assign};
+use oxitron_data::{
+    BatchIndex, Cursor, Dataset, Loader, LoaderOptions, NO_TARGET, Sample, SkipRanges, assign,
+};
 use tch::Device;
 
-use super::{RunError, ranks::Ranks};
+use super::{RunError, progress::Progress, ranks::Ranks};
 use crate::config::{Config, StageConfig};
 use crate::model::Batch;
 
@@ -20,9 +23,10 @@ pub(super) struct StepData {
     /// One per micro-batch.
     pub(super) batches: Vec<Batch>,
     /// Samples of the global batch.
-    pub(super) samples: u64,
-    /// Number of the first of them, counted from the beginning of the run.
-    pub(super) first_sample: u64,
+    pub(super) count: u64,
+    /// From the first of them to where the next batch begins, by index in the run; samples that are
+    /// left out may lie in between.
+    pub(super) samples: Range<u64>,
     /// Where the data goes on after this step.
     pub(super) cursor: Cursor,
     /// How long the step waited for it.
@@ -33,18 +37,15 @@ pub(super) struct StepData {
 pub(super) struct Feed {
     loader: Loader,
     seq_len: usize,
-    next_sample: u64,
 }
 
 impl Feed {
-    /// The rest of a stage from `cursor` on: `steps` steps, the first of which begins with sample
-    /// number `next_sample` of the run.
+    /// What is left of a stage after `progress`, without the samples of `left_out`.
     pub(super) fn new(
         dataset: &Dataset,
-        cursor: &Cursor,
+        progress: &Progress,
+        left_out: SkipRanges,
         stage: &StageConfig,
-        steps: u64,
-        next_sample: u64,
         ranks: &Ranks,
     ) -> Result<Self, RunError> {
         let weights: Vec<f64> = dataset
@@ -52,20 +53,21 @@ impl Feed {
             .into_iter()
             .map(|name| stage.weights.get(name).copied().unwrap_or(0.0))
             .collect();
-        let stream = dataset.stream(cursor, stage.seq_len, &weights)?;
+        let stream = dataset
+            .stream(&progress.cursor, stage.seq_len, &weights)?
+            .leaving_out(progress.samples, left_out);
         let options = LoaderOptions {
             samples_per_batch: stage.samples_per_batch(),
             ranks: ranks.ranks,
             rank: ranks.rank,
             micro_batch: stage.micro_batch,
-            batches: steps,
+            batches: stage.steps - progress.step_in_stage,
             ahead: AHEAD,
         };
         let loader = Loader::start(stream, options)?;
         Ok(Self {
             loader,
             seq_len: stage.seq_len,
-            next_sample,
         })
     }
 
@@ -78,13 +80,10 @@ impl Feed {
         };
         let micro_batches = batch.micro_batches.iter();
         let batches = micro_batches.map(|slots| tensors(slots, self.seq_len, device));
-        let samples = batch.samples as u64;
-        let first_sample = self.next_sample;
-        self.next_sample += samples;
         Ok(StepData {
             batches: batches.collect::<Result<_, _>>()?,
-            samples,
-            first_sample,
+            count: batch.samples as u64,
+            samples: batch.first_sample..batch.next_sample,
             cursor: batch.cursor,
             wait: Duration::from_secs_f64(wait),
         })

@@ -22,6 +22,9 @@ pub struct StageFigures {
     pub accumulation: usize,
     /// Weights, gradients, optimizer state.
     pub state: StateBytes,
+    /// Memory that saves are copied to before they are written; 0 when they are not written in the
+    /// background.
+    pub staging: usize,
     /// Tokens of a step and the table of RoPE.
     pub inputs: usize,
     /// As configured.
@@ -39,7 +42,7 @@ pub struct StageFigures {
 impl StageFigures {
     /// All bytes of tensors on a rank.
     pub fn total(&self) -> usize {
-        self.state.total() + self.inputs + self.activations.total()
+        self.state.total() + self.staging + self.inputs + self.activations.total()
     }
 
     /// All bytes that a rank sends per step.
@@ -61,6 +64,7 @@ impl RunPlan {
             micro_batch,
             accumulation: self.shapes[stage].accumulation,
             state: self.state_bytes(stage, dtype),
+            staging: self.staging_bytes(config),
             inputs: inputs(config, stage, micro_batch, ranks),
             activations: if recompute { with } else { without },
             without_recompute: without,
@@ -88,6 +92,7 @@ impl RunPlan {
         shape.accumulation =
             accumulation(config, stage, micro_batch, ranks).min(DISTINCT_MICRO_BATCHES);
         other.state_bytes(stage, dtype).total()
+            + self.staging_bytes(config)
             + inputs(config, stage, micro_batch, ranks)
             + activation_bytes(&config.model, dtype, tokens, recompute).total()
     }

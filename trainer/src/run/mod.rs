@@ -11,6 +11,8 @@
 //! a step by its control reduction (`control`), at the start and between steps by
 //! `Ranks::together`, which also makes a failure of one rank an error of all.
 
+mod abandon;
+mod bad_steps;
 mod control;
 mod error;
 mod feed;
@@ -22,12 +24,16 @@ mod plan;
 mod progress;
 mod ranks;
 mod replicas;
+mod restore;
 mod save;
+mod saver;
 mod stage;
 mod step;
+mod stops;
 mod trace;
 mod trainer;
 mod validate;
+mod watch;
 
 #[cfg(test)]
 mod tests;
@@ -36,3 +42,4 @@ pub use error::RunError;
 pub use figures::{StageFigures, check_memory};
 pub use plan::{RunPlan, dtype_of_this_machine};
 pub use trainer::{Options, Outcome, train};
+pub use watch::Watch;

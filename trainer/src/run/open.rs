@@ -1,7 +1,5 @@
 //! Opening a run: a new one with initial values, or one that has begun from its newest checkpoint.
 
-use std::ops::Range;
-
 use oxitron_data::{Dataset, DatasetSpec, SourceSpec};
 use oxitron_kernels::{Threads, memory};
 use tch::Device;
@@ -13,23 +11,33 @@ use super::{
     plan::{RunPlan, dtype_of_this_machine, wire},
     progress::Progress,
     ranks::Ranks,
+    restore::{initial_values, read_state, weights_alone},
+    saver::Saver,
+    stops::Stops,
     trace::{self, Tracer},
     trainer::{Options, Trainer, dtype_name},
+    watch::Watch,
 };
+use crate::checkpoint;
 use crate::comm::Comm;
-use crate::config::{Config, Dtype, ShardSize, SourceConfig};
+use crate::config::{Config, Dtype, ShardSize, SourceConfig, TimeSpan};
+use crate::faults;
+use crate::guard::{BadSteps, Spikes};
 use crate::metrics::units::{bytes, grouped};
 use crate::metrics::{self, Event, MetricsWriter};
 use crate::model::Decoder;
-use crate::plan::Action;
-use crate::zero::{CommClock, Groups, InitialValues, StateKind, Zero};
+use crate::zero::{CommClock, Groups, StateKind, Zero};
+
+/// Where runs compute.
+const DEVICE: Device = Device::Cpu;
 
 impl<'a> Trainer<'a> {
     /// Checks the plan, takes hold of the run directory, opens the data and fills the state.
     pub(super) fn open(
         config: &'a Config,
         comm: &Comm,
-        options: &'a Options,
+        watch: &'a Watch,
+        options: &Options,
     ) -> Result<Self, RunError> {
         let ranks = Ranks::new(comm)?;
         let plan = RunPlan::new(config, ranks.ranks, comm.local_world())?;
@@ -45,30 +53,27 @@ impl<'a> Trainer<'a> {
         } else {
             Ok(None)
         })?;
-        let origin = Origin::find(config, &ranks, options)?;
-        ranks.together(origin.check(&plan.units))?;
+        faults::set_rank(ranks.rank);
+        if ranks.leads()
+            && let Err(error) = checkpoint::remove_stale(&config.checkpoint.dir, None)
+        {
+            tracing::warn!("saves that did not finish cannot be removed: {error}");
+        }
+        let Begun {
+            origin,
+            dtype,
+            dataset,
+            decoder,
+            zero,
+            rejected,
+        } = Begun::new(config, comm, &ranks, &plan, options)?;
         let (run_id, attempt, began) = identify(config, &ranks, &origin)?;
-        let dtype = choose_dtype(config, &ranks, &origin)?;
         let open_metrics = |folder: &RunFolder| {
             folder.write_config(&config.resolved_toml()?)?;
             Ok(MetricsWriter::open(&config.run.dir, attempt)?)
         };
         let metrics = ranks.together(folder.as_ref().map(open_metrics).transpose())?;
-
-        let dataset = open_dataset(config, &ranks, &origin)?;
-        let device = Device::Cpu;
-        let decoder = Decoder::new(&config.model, dtype);
-        let zero = Zero::new(
-            &plan.units,
-            &plan.map,
-            &plan.layout,
-            Groups::new(comm, &plan.layout.mesh)?,
-            (
-                decoder.compute_kind(),
-                wire(config.parallel.grad_reduce_dtype),
-            ),
-            device,
-        )?;
+        let saver = saver(config, &zero);
         let tracer = Tracer::new(
             config.run.trace_steps,
             &config.run.dir,
@@ -76,12 +81,13 @@ impl<'a> Trainer<'a> {
             began,
             (&plan.units, &plan.map),
         );
+        let time_limit = config.run.time_limit.map(TimeSpan::duration);
+        let stops = Stops::new(&options.stop, &config.run.dir, ranks.leads(), time_limit);
         let mut trainer = Self {
             config,
-            options,
+            watch,
             progress: Progress::start(dataset.start()),
-            ranks,
-            device,
+            device: DEVICE,
             dtype,
             plan,
             decoder,
@@ -90,70 +96,33 @@ impl<'a> Trainer<'a> {
             run_id,
             attempt,
             parent: None,
+            stops,
+            stop_noted: false,
+            saver: ranks.together(saver)?,
+            saves: 0,
+            save_failed: false,
+            spikes: Spikes::new(&config.guard),
+            bad_steps: BadSteps::new(&config.guard),
+            ranks,
             _folder: folder,
             metrics,
             tracer,
         };
-        let filled = trainer.fill(&origin);
-        trainer.ranks.together(filled)?;
-        for action in trainer.plan.opening() {
-            if let Action::Exchange(exchange) = action {
-                trainer.zero.exchange(exchange)?;
-            }
+        if let Origin::Resume(checkpoint) = &origin {
+            trainer.take_over(checkpoint)?;
+            trainer.bad_steps.restore(checkpoint.meta().guard.bad_steps);
         }
-        trainer.announce(&origin)?;
+        trainer.open_exchanges()?;
+        watch.begin(trainer.progress.step)?;
+        trainer.announce(&origin);
+        for (step, reason) in rejected {
+            trainer.reject(step, reason);
+        }
         Ok(trainer)
     }
 
-    /// Fills weights and moments, and the progress of a run that goes on.
-    fn fill(&mut self, origin: &Origin) -> Result<(), RunError> {
-        match origin {
-            Origin::Seed => {
-                let values = InitialValues {
-                    seed: self.config.run.seed,
-                };
-                self.zero.load(|spec, state, range, out| {
-                    values.read(spec, state, range, out);
-                    Ok::<_, std::convert::Infallible>(())
-                })?;
-            }
-            Origin::Resume(checkpoint) => {
-                self.zero.load(|spec, state, range, out| {
-                    checkpoint.read(&spec.name, state, range, out)
-                })?;
-                let (dir, stages) = (checkpoint.dir(), self.config.stages.len());
-                self.progress = Progress::from_manifest(checkpoint.meta(), stages, dir)?;
-                self.parent = Some(self.shown(dir));
-            }
-            Origin::Checkpoint(checkpoint) => {
-                self.load_weights(|name, range, out| {
-                    checkpoint.read(name, StateKind::Master, range, out)
-                })?;
-            }
-            Origin::HuggingFace(folder) => {
-                self.load_weights(|name, range, out| folder.read_f32(name, range, out))?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Loads weights alone; the moments start at zero.
-    fn load_weights<E: std::fmt::Display>(
-        &mut self,
-        read: impl Fn(&str, Range<usize>, &mut [f32]) -> Result<(), E>,
-    ) -> Result<(), RunError> {
-        self.zero.load(|spec, state, range, out| match state {
-            StateKind::Master => read(&spec.name, range, out),
-            StateKind::ExpAvg | StateKind::ExpAvgSq => {
-                out.fill(0.0);
-                Ok(())
-            }
-        })?;
-        Ok(())
-    }
-
     /// Says what the run is, what it needs, and where it begins.
-    fn announce(&mut self, origin: &Origin) -> Result<(), RunError> {
+    fn announce(&mut self, origin: &Origin) {
         let last = self.config.stages.len() - 1;
         let stage = self.progress.stage.min(last);
         let figures = self.plan.figures(self.config, stage, self.dtype);
@@ -194,8 +163,98 @@ impl<'a> Trainer<'a> {
                 version: env!("CARGO_PKG_VERSION").to_owned(),
             },
         };
-        self.event(event)
+        self.event(event);
     }
+}
+
+/// Where a run begins: its state, and the data that belong to it.
+struct Begun {
+    origin: Origin,
+    dtype: Dtype,
+    dataset: Dataset,
+    decoder: Decoder,
+    zero: Zero,
+    /// Newer checkpoints that are damaged: step and reason.
+    rejected: Vec<(u64, String)>,
+}
+
+impl Begun {
+    /// Finds the newest checkpoint and reads it; where it is damaged, the one before, and so on. A
+    /// run without checkpoints gets its initial values.
+    fn new(
+        config: &Config,
+        comm: &Comm,
+        ranks: &Ranks,
+        plan: &RunPlan,
+        options: &Options,
+    ) -> Result<Self, RunError> {
+        let mut rejected: Vec<(u64, String)> = Vec::new();
+        loop {
+            let before = rejected.last().map_or(u64::MAX, |(step, _)| *step);
+            let origin = Origin::find(config, ranks, options, before)?;
+            if matches!(origin, Origin::Seed) && !rejected.is_empty() {
+                // Damaged checkpoints are a loss, over which a run must not begin anew in silence.
+                return Err(RunError::NoneUsable {
+                    dir: config.checkpoint.dir.clone(),
+                    reason: rejected.swap_remove(0).1,
+                });
+            }
+            ranks.together(origin.check(&plan.units))?;
+            let dtype = choose_dtype(config, ranks, &origin)?;
+            let recorded = match &origin {
+                Origin::Resume(checkpoint) => checkpoint.meta().dataset_lock.as_deref(),
+                _ => None,
+            };
+            let dataset = open_dataset(config, ranks, recorded)?;
+            let decoder = Decoder::new(&config.model, dtype);
+            let mut zero = Zero::new(
+                &plan.units,
+                &plan.map,
+                &plan.layout,
+                Groups::new(comm, &plan.layout.mesh)?,
+                (
+                    decoder.compute_kind(),
+                    wire(config.parallel.grad_reduce_dtype),
+                ),
+                DEVICE,
+            )?;
+            let filled = match &origin {
+                Origin::Resume(checkpoint) => {
+                    if let Some(reason) = read_state(&mut zero, checkpoint, ranks)? {
+                        rejected.push((checkpoint.meta().step, reason));
+                        continue;
+                    }
+                    Ok(())
+                }
+                Origin::Seed => initial_values(&mut zero, config.run.seed),
+                Origin::Checkpoint(checkpoint) => weights_alone(&mut zero, |name, range, out| {
+                    checkpoint.read(name, StateKind::Master, range, out)
+                }),
+                Origin::HuggingFace(folder) => weights_alone(&mut zero, |name, range, out| {
+                    folder.read_f32(name, range, out)
+                }),
+            };
+            ranks.together(filled)?;
+            return Ok(Self {
+                origin,
+                dtype,
+                dataset,
+                decoder,
+                zero,
+                rejected,
+            });
+        }
+    }
+}
+
+/// The writer of checkpoints, with the memory that it stages in.
+fn saver(config: &Config, zero: &Zero) -> Result<Saver, RunError> {
+    let staging = config.checkpoint.asynchronous;
+    let staging = staging.then(|| zero.staging(0..zero.units())).transpose()?;
+    Saver::new(staging).map_err(RunError::io(
+        &config.checkpoint.dir,
+        "start a thread that writes checkpoints to",
+    ))
 }
 
 /// Refuses shard groups by node where nodes have different numbers of ranks, or where neighbouring
@@ -272,7 +331,11 @@ fn choose_dtype(config: &Config, ranks: &Ranks, origin: &Origin) -> Result<Dtype
 
 /// Opens the data: the leader first, since it may have to build the lock. A run that goes on sees
 /// the files that it had when the checkpoint was written.
-fn open_dataset(config: &Config, ranks: &Ranks, origin: &Origin) -> Result<Dataset, RunError> {
+pub(super) fn open_dataset(
+    config: &Config,
+    ranks: &Ranks,
+    recorded: Option<&str>,
+) -> Result<Dataset, RunError> {
     let source = |source: &SourceConfig| SourceSpec {
         name: source.name.clone(),
         paths: vec![source.path.clone()],
@@ -286,10 +349,6 @@ fn open_dataset(config: &Config, ranks: &Ranks, origin: &Origin) -> Result<Datas
         validation_fraction: config.validation.fraction,
         vocab_size: config.model.vocab_size,
         lock: config.data.lock.clone(),
-    };
-    let recorded = match origin {
-        Origin::Resume(checkpoint) => checkpoint.meta().dataset_lock.as_deref(),
-        _ => None,
     };
     ranks.in_turn(|| {
         Ok(match recorded {

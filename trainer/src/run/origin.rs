@@ -21,16 +21,17 @@ pub(super) enum Origin {
 }
 
 impl Origin {
-    /// The newest checkpoint of the run, or else what the configuration says. The leader looks, the
-    /// others open the same.
+    /// The newest checkpoint of the run from before step `before`, or else what the configuration
+    /// says. The leader looks, the others open the same.
     pub(super) fn find(
         config: &Config,
         ranks: &Ranks,
         options: &Options,
+        before: u64,
     ) -> Result<Self, RunError> {
         let checkpoints = &config.checkpoint.dir;
         let [found, step] = ranks.leaders_choice(|| {
-            let newest = checkpoint::newest_valid(checkpoints, Scrutiny::Structure)?;
+            let newest = checkpoint::newest_valid_before(checkpoints, before, Scrutiny::Structure)?;
             for rejected in &newest.rejected {
                 tracing::warn!(
                     "{} cannot be used: {}",
@@ -50,7 +51,7 @@ impl Origin {
                 return match lost {
                     Some(lost) => Err(RunError::NoneUsable {
                         dir: checkpoints.clone(),
-                        reason: lost.reason,
+                        reason: lost.reason.to_string(),
                     }),
                     None => Ok([0, 0]),
                 };
@@ -133,7 +134,7 @@ fn check_config(
 ) -> Result<(), RunError> {
     let name = format!("the configuration in {}", checkpoint.dir().display());
     let before = Config::from_text(&checkpoint.meta().config, &name, &config.run.dir, &[])?;
-    let begun = checkpoint.meta().next_stage.unwrap_or(config.stages.len());
+    let begun = checkpoint.meta().last_stage_begun();
     let differences = before.result_affecting_difference(config, begun)?;
     if differences.is_empty() {
         return Ok(());

@@ -8,7 +8,7 @@ use crate::config::{Config, Dtype, Recompute};
 use crate::model::describe;
 use crate::plan::{
     Action, Layout, ShardMap, StateBytes, StepShape, StepTraffic, Units, WireBytes,
-    emit_evaluation, emit_opening, emit_step, state_bytes, step_traffic,
+    emit_evaluation, emit_opening, emit_step, staging_bytes, state_bytes, step_traffic,
 };
 
 /// What a run does on a number of ranks.
@@ -77,6 +77,15 @@ impl RunPlan {
             &actions,
             bytes_of(dtype),
         )
+    }
+
+    /// Bytes of host memory that each rank keeps to copy its share of a save to.
+    pub fn staging_bytes(&self, config: &Config) -> usize {
+        if config.checkpoint.asynchronous {
+            staging_bytes(&self.units, &self.map, &self.layout)
+        } else {
+            0
+        }
     }
 
     /// Bytes that a rank sends in a step of stage `stage`, with weights of `dtype` and gradients

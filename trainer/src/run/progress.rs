@@ -1,9 +1,10 @@
 //! How far a run has come: all of its state that is not a tensor.
 
-use oxitron_data::Cursor;
+use oxitron_data::{Cursor, SkipRanges};
 
 use super::RunError;
 use crate::checkpoint::{ManifestMeta, ScheduleState, SkippedRange, StageMark};
+use crate::config::GuardConfig;
 
 /// How far a run has come.
 #[derive(Clone, Debug, PartialEq)]
@@ -12,7 +13,7 @@ pub(super) struct Progress {
     pub(super) step: u64,
     /// Positions trained on.
     pub(super) tokens: u64,
-    /// Samples trained on.
+    /// Samples drawn, those left out included: the index of the next one.
     pub(super) samples: u64,
     /// Index of the stage that the next step belongs to; the number of stages at the end.
     pub(super) stage: usize,
@@ -26,6 +27,8 @@ pub(super) struct Progress {
     pub(super) last_stage: Option<StageMark>,
     /// Samples whose step was skipped.
     pub(super) skipped: Vec<SkippedRange>,
+    /// Samples that are left out because the run went back to before them.
+    pub(super) left_out: SkipRanges,
 }
 
 impl Progress {
@@ -41,13 +44,13 @@ impl Progress {
             cursor,
             last_stage: None,
             skipped: Vec::new(),
+            left_out: SkipRanges::default(),
         }
     }
 
-    /// As a checkpoint of a run of `stages` stages recorded it.
+    /// As a checkpoint recorded it.
     pub(super) fn from_manifest(
         run: &ManifestMeta,
-        stages: usize,
         path: &std::path::Path,
     ) -> Result<Self, RunError> {
         let cursor = serde_json::from_value(run.cursor.clone()).map_err(|source| RunError::Io {
@@ -59,13 +62,20 @@ impl Progress {
             step: run.step,
             tokens: run.tokens,
             samples: run.samples,
-            stage: run.next_stage.unwrap_or(stages),
+            stage: run.stages_done(),
             step_in_stage: run.schedule.step_in_stage,
             adam_step: run.schedule.adam_step,
             cursor,
             last_stage: run.stage.clone(),
             skipped: run.skipped.clone(),
+            left_out: SkipRanges::new(run.left_out.iter().map(|&[first, end]| first..end)),
         })
+    }
+
+    /// All samples that are left out: those and the configured ones.
+    pub(super) fn left_out_with(&self, guard: &GuardConfig) -> SkipRanges {
+        let configured = guard.skip_samples.iter().map(|&range| range.into());
+        SkipRanges::new(self.left_out.ranges().iter().cloned().chain(configured))
     }
 
     /// Writes itself into `meta`.
@@ -80,6 +90,8 @@ impl Progress {
             adam_step: self.adam_step,
         };
         meta.skipped = self.skipped.clone();
+        let left_out = self.left_out.ranges().iter();
+        meta.left_out = left_out.map(|range| [range.start, range.end]).collect();
         meta.cursor = serde_json::to_value(&self.cursor).map_err(|source| RunError::Io {
             path: "manifest.json".into(),
             action: "describe the data cursor",

@@ -45,6 +45,13 @@ impl Ranks {
         }
     }
 
+    /// Whether it holds on every rank.
+    pub(super) fn all(&self, mine: bool) -> Result<bool, RunError> {
+        let against = [f64::from(u8::from(!mine))];
+        let against = control::sum(&self.world, &against, &mut CommClock::default())?;
+        Ok(against[0] == 0.0)
+    }
+
     /// The leader's value on every rank, or an error on every rank when the leader has none.
     pub(super) fn leaders_choice<const N: usize>(
         &self,
@@ -61,6 +68,16 @@ impl Ranks {
         Ok(std::array::from_fn(|index| {
             ((sums[2 * index] as u64) << 32) | sums[2 * index + 1] as u64
         }))
+    }
+
+    /// The leader's bytes on every rank.
+    pub(super) fn leaders_bytes<const N: usize>(&self, mine: [u8; N]) -> Result<[u8; N], RunError> {
+        let mine: Vec<f64> = mine
+            .iter()
+            .map(|&byte| if self.leads() { f64::from(byte) } else { 0.0 })
+            .collect();
+        let sums = control::sum(&self.world, &mine, &mut CommClock::default())?;
+        Ok(std::array::from_fn(|index| sums[index] as u8))
     }
 
     /// Does something on the leader first, then on the others: for what the leader may have to

@@ -1,79 +1,225 @@
-//! Saving a run: each rank its own slices, the leader the manifest.
+//! When a run saves, and what becomes of it.
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use super::{RunError, trainer::Trainer};
-use crate::checkpoint::{self, PieceData, Retention, Scrutiny};
+use super::{
+    RunError,
+    saver::{CommitJob, PartError, SaveJob, Saved, spec},
+    trainer::Trainer,
+};
+use crate::checkpoint::{self, Purpose, Retention};
+use crate::config::WhenBusy;
 use crate::convert::tokenizer_attachments;
-use crate::metrics::Event;
-use crate::zero::Staged;
-
-/// How long the leader waits for the other ranks' parts of a save.
-const PARTS_TIMEOUT: Duration = Duration::from_secs(600);
+use crate::guard::watchdog::Phase;
+use crate::metrics::{Event, units::bytes};
 
 impl Trainer<'_> {
-    /// Saves the state of now as a checkpoint and applies the retention policy.
-    pub(super) fn save(&mut self) -> Result<(), RunError> {
-        let began = Instant::now();
-        let staged = self.zero.stage()?;
-        let step = self.progress.step;
-        self.event(Event::SaveStaged {
-            step,
-            seconds: began.elapsed().as_secs_f64(),
-        })?;
+    /// The save that is due after the step just taken, if any.
+    pub(super) fn purpose(&self, stage_ended: bool, stop: bool) -> Option<Purpose> {
+        let policy = &self.config.checkpoint;
+        if stage_ended {
+            Some(Purpose::StageEnd)
+        } else if self.due(policy.every_steps) {
+            Some(Purpose::Regular)
+        } else if stop {
+            Some(Purpose::Stop)
+        } else if policy
+            .ephemeral_every_steps
+            .is_some_and(|steps| self.due(steps))
+        {
+            Some(Purpose::Ephemeral)
+        } else {
+            None
+        }
+    }
 
-        let folder = self
-            .config
-            .checkpoint
-            .dir
-            .join(checkpoint::folder_name(step));
-        // An attempt takes a step at most once, so no two saves share an id.
-        let save_id = format!("{}-{step}", self.attempt);
-        let pieces: Vec<PieceData<'_>> = staged.iter().map(piece).collect();
-        let (rank, ranks) = (self.ranks.rank, self.ranks.ranks);
-        checkpoint::save_part(&folder, rank, ranks, &save_id, &pieces)?;
-        if !self.ranks.leads() {
+    /// Saves the state of now. The step loop stands still while it is staged; it is written beside
+    /// the steps that follow.
+    ///
+    /// What goes wrong with the files is said in the log and in an event, and does not end the run:
+    /// earlier checkpoints are as they were.
+    pub(super) fn save(&mut self, purpose: Purpose, saving: bool) -> Result<(), RunError> {
+        let step = self.progress.step;
+        let periodic = matches!(purpose, Purpose::Regular | Purpose::Ephemeral);
+        if saving && periodic && self.config.checkpoint.when_busy == WhenBusy::Skip {
+            tracing::warn!("step {step} is not saved: the save before is still being written");
+            self.event(Event::SaveSkipped { step });
             return Ok(());
         }
-
-        let meta = self.manifest_meta()?;
-        let tokenizer = self.config.data.tokenizer.as_deref().and_then(Path::parent);
-        let attachments = tokenizer.map(tokenizer_attachments).unwrap_or_default();
-        let committed =
-            checkpoint::commit(&folder, ranks, &save_id, &meta, &attachments, PARTS_TIMEOUT)?;
-        self.event(Event::SaveDurable {
-            step,
-            checkpoint: self.shown(&folder),
-            bytes: committed.bytes,
-            seconds: began.elapsed().as_secs_f64(),
-        })?;
-        if let Some(metrics) = &self.metrics {
-            metrics.sync()?;
+        let traced_from = self.tracer.begin();
+        self.watch.phase(Phase::Save);
+        self.await_save();
+        let job = self.save_job(purpose)?;
+        match self.saver.take_staging() {
+            Some(mut staging) => {
+                let began = Instant::now();
+                self.zero.stage(&mut staging)?;
+                let seconds = began.elapsed().as_secs_f64();
+                let size = staging.bytes() as u64;
+                tracing::info!(
+                    "step {step} staged | {} per rank in {seconds:.3} s | writing goes on in the \
+                     background",
+                    bytes(size)
+                );
+                self.event(Event::SaveStaged {
+                    step,
+                    bytes: size,
+                    seconds,
+                });
+                self.saver.start(job, staging);
+            }
+            None => self.save_directly(&job)?,
         }
-        tracing::info!(
-            "saved {} ({:.1} MB in {:.2} s)",
-            folder.display(),
-            committed.bytes as f64 / 1e6,
-            began.elapsed().as_secs_f64()
-        );
-        self.parent = Some(self.shown(&folder));
-        let policy = &self.config.checkpoint;
-        let retention = Retention {
-            keep: policy.keep,
-            keep_every: None,
-        };
-        checkpoint::retain(&policy.dir, &retention, Scrutiny::Structure)?;
+        self.tracer.note("save", traced_from);
         Ok(())
     }
-}
 
-fn piece(staged: &Staged) -> PieceData<'_> {
-    PieceData {
-        tensor: &staged.tensor,
-        state: staged.state,
-        shape: &staged.shape,
-        range: staged.range.clone(),
-        data: &staged.data,
+    /// Writes a checkpoint without memory to stage it in: unit by unit, while the step loop waits.
+    fn save_directly(&mut self, job: &SaveJob) -> Result<(), RunError> {
+        let written = self.write_units(job);
+        let part = job.finish_part(written);
+        let everywhere = self.ranks.all(part.is_ok())?;
+        let result = match (&job.commit, part) {
+            (Some(commit), Ok(_)) => {
+                let given_up = (!everywhere).into();
+                job.commit(commit, &given_up)
+            }
+            (_, part) => part,
+        };
+        self.note_end(job.end(result));
+        Ok(())
+    }
+
+    pub(super) fn write_units(
+        &mut self,
+        job: &SaveJob,
+    ) -> Result<checkpoint::PartSummary, checkpoint::Error> {
+        let of_zero = |error| PartError::Zero(error).of(job);
+        let all = self.zero.pieces(0..self.zero.units());
+        let mut writer = job.part(all.iter().map(spec))?;
+        for unit in 0..self.zero.units() {
+            let mut staging = self.zero.staging(unit..unit + 1).map_err(of_zero)?;
+            self.zero.stage(&mut staging).map_err(of_zero)?;
+            let write = |values: &[f32]| writer.write(values).map_err(PartError::Checkpoint);
+            staging.write(write).map_err(|error| error.of(job))?;
+        }
+        writer.finish()
+    }
+
+    /// What every rank must agree on for a save.
+    pub(super) fn save_job(&mut self, purpose: Purpose) -> Result<SaveJob, RunError> {
+        let policy = &self.config.checkpoint;
+        let step = self.progress.step;
+        // A run that goes back takes a step again in the same attempt.
+        self.saves += 1;
+        let commit = if self.ranks.leads() {
+            let mut meta = self.manifest_meta()?;
+            meta.purpose = purpose;
+            let tokenizer = self.config.data.tokenizer.as_deref().and_then(Path::parent);
+            Some(CommitJob {
+                meta,
+                attachments: tokenizer.map(tokenizer_attachments).unwrap_or_default(),
+                retention: Retention {
+                    keep: policy.keep,
+                    keep_every: policy.keep_every,
+                },
+            })
+        } else {
+            None
+        };
+        Ok(SaveJob {
+            step,
+            folder: policy.dir.join(checkpoint::folder_name(step)),
+            save_id: format!("{}-{}-{step}", self.attempt, self.saves),
+            rank: self.ranks.rank,
+            ranks: self.ranks.ranks,
+            requested: Instant::now(),
+            commit,
+        })
+    }
+
+    /// Waits for the save under way, if there is one; true when it did well.
+    pub(super) fn await_save(&mut self) -> bool {
+        let watch = self.watch;
+        match self.saver.wait(|| watch.phase(Phase::Save)) {
+            Some(saved) => self.note_end(saved),
+            None => true,
+        }
+    }
+
+    /// Looks whether a save has ended.
+    pub(super) fn look_after_saves(&mut self) {
+        if let Some(saved) = self.saver.poll() {
+            self.note_end(saved);
+        }
+    }
+
+    /// Says how a save ended; true when it did well.
+    pub(super) fn note_end(&mut self, saved: Saved) -> bool {
+        let Saved {
+            step,
+            folder,
+            seconds,
+            result,
+        } = saved;
+        let size = match result {
+            Ok(size) => size,
+            Err(error) => {
+                tracing::error!(
+                    "step {step} could not be saved; the run goes on, earlier checkpoints are as \
+                     they were: {error}"
+                );
+                self.save_failed = true;
+                self.event(Event::SaveFailed {
+                    step,
+                    reason: error.to_string(),
+                });
+                return false;
+            }
+        };
+        if self.ranks.leads() {
+            tracing::info!(
+                "step {step} durable | {} | {} in {seconds:.2} s, {:.2} GB/s",
+                folder.display(),
+                bytes(size),
+                size as f64 / 1e9 / seconds
+            );
+            self.event(Event::SaveDurable {
+                step,
+                checkpoint: self.shown(&folder),
+                bytes: size,
+                seconds,
+            });
+            if let Some(metrics) = &mut self.metrics {
+                metrics.sync();
+            }
+            self.parent = Some(self.shown(&folder));
+        }
+        true
+    }
+
+    /// Waits until the last save is durable. All ranks call it, before they leave.
+    ///
+    /// # Errors
+    /// [`RunError::LastSave`] when it could not be written.
+    pub(super) fn settle(&mut self) -> Result<(), RunError> {
+        let watch = self.watch;
+        let mine = self.saver.wait_for_part(|| watch.phase(Phase::Save));
+        if !self.ranks.all(mine)? {
+            self.saver.give_up();
+        }
+        let durable = self.await_save() && !self.save_failed;
+        if self.ranks.all(durable)? {
+            return Ok(());
+        }
+        Err(self.last_save_failed())
+    }
+
+    pub(super) fn last_save_failed(&self) -> RunError {
+        RunError::LastSave {
+            step: self.progress.step,
+            dir: self.config.checkpoint.dir.clone(),
+        }
     }
 }

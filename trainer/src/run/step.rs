@@ -6,10 +6,13 @@ use oxitron_kernels::{RopeTable, adamw::AdamW, norm::SumOfSquares};
 
 use super::{
     RunError,
-    control::{self, Agreement, Contribution, Verdict},
+    control::{self, Agreement, Contribution, Flags, Verdict},
     trace::Tracer,
+    watch::Watch,
 };
 use crate::comm::Lane;
+use crate::faults;
+use crate::guard::{Cause, Spikes};
 use crate::model::{Activations, Batch, Decoder, Loss, Objective};
 use crate::plan::Action;
 use crate::zero::{CommClock, Zero};
@@ -22,7 +25,13 @@ pub(super) struct Step<'a> {
     /// Settings of this step's update; the gradient scale is the control action's to decide.
     pub(super) adamw: AdamW,
     pub(super) clip_norm: f64,
-    pub(super) stop_requested: bool,
+    /// Watches loss and gradient norm, where a spike has consequences.
+    pub(super) spikes: Option<&'a mut Spikes>,
+    /// What this rank tells the others.
+    pub(super) flags: Flags,
+    /// Counted from 1 over the whole run.
+    pub(super) number: u64,
+    pub(super) watch: &'a Watch,
     pub(super) tracer: &'a mut Tracer,
 }
 
@@ -42,22 +51,25 @@ impl Step<'_> {
         let mut gradient = SumOfSquares::default();
         let mut agreement = Agreement::default();
         let mut verdict = Verdict::Skip {
-            reason: "the step has no control action",
+            cause: Cause::Unusable("the step has no control action"),
         };
         let mut optimizer = Duration::ZERO;
 
         for &action in actions {
             let began = self.tracer.begin();
+            self.watch.act(self.number, action)?;
+            faults::at(point(action));
             match action {
                 Action::Norm { piece } => gradient += self.pass.zero.sum_of_squares(piece)?,
                 Action::Control => {
                     let mine = Contribution {
                         loss,
                         gradient,
-                        stop_requested: self.stop_requested,
-                    };
+                        flags: self.flags,
+                    }
+                    .with_faults();
                     agreement = control::agree(self.world, mine, &mut self.pass.zero.clock)?;
-                    verdict = agreement.verdict(self.clip_norm);
+                    verdict = agreement.verdict(self.clip_norm, self.spikes.as_deref_mut());
                 }
                 Action::Update { piece } => {
                     let began = Instant::now();
@@ -88,6 +100,20 @@ impl Step<'_> {
             Verdict::Skip { .. } => self.pass.zero.skip(piece)?,
         }
         Ok(())
+    }
+}
+
+/// The fault point before an action.
+fn point(action: Action) -> &'static str {
+    match action {
+        Action::Forward { .. } | Action::Recompute { .. } | Action::Evaluate { .. } => {
+            "step::forward"
+        }
+        Action::Backward { .. } => "step::backward",
+        Action::Exchange(_) => "step::exchange",
+        Action::Norm { .. } => "step::norm",
+        Action::Control => "step::control",
+        Action::Update { .. } => "step::update",
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use oxitron_data::Dataset;
@@ -11,20 +11,25 @@ use tch::Device;
 
 use super::{
     RunError,
-    control::Verdict,
+    control::{Flags, Verdict},
     feed::{Feed, StepData},
     folder::RunFolder,
     plan::RunPlan,
     progress::Progress,
     ranks::Ranks,
     replicas,
+    saver::Saver,
     stage::Stage,
     step::{Pass, Step, StepReport},
+    stops::Stops,
     trace::Tracer,
+    watch::Watch,
 };
-use crate::checkpoint::{ManifestMeta, SkippedRange, SpecialTokens};
+use crate::checkpoint::{GuardState, ManifestMeta, SpecialTokens};
 use crate::comm::Comm;
 use crate::config::{Config, Dtype, StageOptimizer};
+use crate::faults;
+use crate::guard::{BadSteps, Spikes, watchdog::Phase};
 use crate::metrics::{Event, MetricsWriter, StepRecord, StopReason};
 use crate::model::Decoder;
 use crate::zero::Zero;
@@ -49,29 +54,38 @@ pub enum Outcome {
     Finished,
     /// It was asked to stop, has saved, and can be resumed.
     Stopped,
+    /// The same in the middle of a step: collectives are under way that will never end, so the
+    /// process must end without meeting the others ([`Comm::desert`]).
+    Abandoned,
 }
 
 /// Trains a model, or goes on with a run that has begun in the configured directory.
 ///
-/// Every rank of `comm` calls it with the same configuration.
+/// Every rank of `comm` calls it with the same configuration, under the `watch` that it has set up
+/// with the others.
 ///
 /// # Errors
 /// Whatever keeps the run from starting or going on; when one rank fails, the others return an
 /// error too.
-pub fn train(config: &Config, comm: &Comm, options: &Options) -> Result<Outcome, RunError> {
-    let mut trainer = Trainer::open(config, comm, options)?;
-    let outcome = trainer.run();
-    let closed = trainer.close(&outcome);
-    // What ended the run matters more than that it could not be written down.
-    let outcome = outcome?;
-    closed?;
-    Ok(outcome)
+pub fn train(
+    config: &Config,
+    comm: &Comm,
+    watch: &Watch,
+    options: &Options,
+) -> Result<Outcome, RunError> {
+    let mut trainer = Trainer::open(config, comm, watch, options)?;
+    let mut outcome = trainer.run();
+    if outcome.is_err() && watch.abandoning() {
+        outcome = trainer.save_and_abandon();
+    }
+    trainer.close(&outcome);
+    outcome
 }
 
 /// A run under way on one rank.
 pub(super) struct Trainer<'a> {
     pub(super) config: &'a Config,
-    pub(super) options: &'a Options,
+    pub(super) watch: &'a Watch,
     pub(super) ranks: Ranks,
     pub(super) device: Device,
     pub(super) dtype: Dtype,
@@ -85,10 +99,27 @@ pub(super) struct Trainer<'a> {
     pub(super) attempt: u32,
     /// The checkpoint that this attempt goes on from, later the newest it has written.
     pub(super) parent: Option<String>,
+    pub(super) stops: Stops,
+    /// The log says that somebody has asked to stop.
+    pub(super) stop_noted: bool,
+    pub(super) saver: Saver,
+    /// Saves begun in this attempt.
+    pub(super) saves: u64,
+    /// A save has failed on this rank since the last step told the others.
+    pub(super) save_failed: bool,
+    pub(super) spikes: Spikes,
+    pub(super) bad_steps: BadSteps,
     /// The leader holds the run directory and writes the figures.
     pub(super) _folder: Option<RunFolder>,
     pub(super) metrics: Option<MetricsWriter>,
     pub(super) tracer: Tracer,
+}
+
+/// What a step leaves to be done after it, decided alike on all ranks.
+struct StepEnd {
+    flags: Flags,
+    /// The run has gone back to a checkpoint, perhaps to an earlier stage.
+    went_back: bool,
 }
 
 impl<'a> Trainer<'a> {
@@ -103,35 +134,42 @@ impl<'a> Trainer<'a> {
         while self.progress.stage < stages {
             let mut stage = self.begin_stage()?;
             while self.progress.stage == stage.index {
-                let stop = self.step(&mut stage)?;
-                let ended = self.progress.step_in_stage == stage.config.steps;
-                let saves = ended || stop || self.due(self.config.checkpoint.every_steps);
-                let (guard, step) = (&self.config.guard, self.progress.step);
-                if guard.checks_replicas_after(step) || (saves && guard.checks_replicas()) {
-                    self.check_replicas()?;
+                let StepEnd { flags, went_back } = self.step(&mut stage)?;
+                if went_back {
+                    break;
                 }
-                if ended || self.due(self.config.validation.every_steps) {
-                    self.validate(&mut stage)?;
-                }
-                if ended {
-                    self.progress.stage += 1;
-                    self.progress.step_in_stage = 0;
-                }
-                if saves {
-                    let began = self.tracer.begin();
-                    let saved = self.save();
-                    self.ranks.together(saved)?;
-                    self.tracer.note("save", began);
-                }
-                if stop && self.progress.stage < stages {
+                self.between_steps(&mut stage, flags)?;
+                if flags.stop_requested && self.progress.stage < stages {
+                    self.settle()?;
+                    self.stops.answered();
                     return Ok(Outcome::Stopped);
                 }
             }
         }
+        self.settle()?;
         Ok(Outcome::Finished)
     }
 
-    fn due(&self, every_steps: u64) -> bool {
+    /// What happens after a step: checks, validation, the end of the stage, a save.
+    fn between_steps(&mut self, stage: &mut Stage<'a>, flags: Flags) -> Result<(), RunError> {
+        let ended = self.progress.stage != stage.index;
+        let save = self.purpose(ended, flags.stop_requested);
+        let guard = &self.config.guard;
+        if guard.checks_replicas_after(self.progress.step)
+            || (save.is_some() && guard.checks_replicas())
+        {
+            self.check_replicas()?;
+        }
+        if ended || self.due(self.config.validation.every_steps) {
+            self.validate(stage)?;
+        }
+        match save {
+            Some(purpose) => self.save(purpose, flags.saving),
+            None => Ok(()),
+        }
+    }
+
+    pub(super) fn due(&self, every_steps: u64) -> bool {
         self.progress.step.is_multiple_of(every_steps)
     }
 
@@ -170,15 +208,14 @@ impl<'a> Trainer<'a> {
                 self.zero.reset_moments()?;
                 self.progress.adam_step = 0;
             }
+            // Another length of context is another level of the loss.
+            self.spikes.clear();
         }
-        let left = stage.steps - self.progress.step_in_stage;
-        let cursor = &self.progress.cursor;
         let feed = Feed::new(
             &self.dataset,
-            cursor,
+            &self.progress,
+            self.progress.left_out_with(&self.config.guard),
             stage,
-            left,
-            self.progress.samples,
             &self.ranks,
         )?;
         let (plan, decoder) = (&self.plan, &self.decoder);
@@ -207,7 +244,7 @@ impl<'a> Trainer<'a> {
                 to: stage.name.clone(),
                 seq_len: stage.seq_len as u64,
                 rope_base: stage.rope_base,
-            })?;
+            });
         }
         Ok(entered)
     }
@@ -227,15 +264,19 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    /// Takes one step; true when somebody has asked to stop.
-    fn step(&mut self, stage: &mut Stage<'a>) -> Result<bool, RunError> {
+    /// Takes one step.
+    fn step(&mut self, stage: &mut Stage<'a>) -> Result<StepEnd, RunError> {
         let began = Instant::now();
         let number = self.progress.step + 1;
+        faults::set_step(number);
+        self.watch.enter(number);
+        self.watch.phase(Phase::Data);
         self.tracer
             .enter(number, &mut self.zero, &mut stage.activations);
         let data = stage.feed.next(self.device)?;
         self.tracer.note("data", Some(began));
         let lr = stage.config.lr_at(self.progress.step_in_stage);
+        let flags = self.flags();
         let optimizer = &self.config.optimizer;
         let pass = Pass {
             batches: &data.batches,
@@ -257,46 +298,87 @@ impl<'a> Trainer<'a> {
                 step: self.progress.adam_step + 1,
             },
             clip_norm: optimizer.clip_norm,
-            stop_requested: self.options.stop.load(Ordering::Relaxed),
+            spikes: self.bad_steps.watches_spikes().then_some(&mut self.spikes),
+            flags,
+            number,
+            watch: self.watch,
             tracer: &mut self.tracer,
         }
         .run(&stage.actions)?;
-        self.advance(stage, &data, report.verdict)?;
+        self.hear(report.agreement.flags);
+        self.advance(stage, &data, report.verdict);
+        // The state after this step is complete here; nothing that follows can change it.
+        self.watch.enter(number + 1);
         self.record(stage, &data, &report, lr, began.elapsed().as_secs_f64())?;
         let (zero, activations) = (&mut self.zero, &mut stage.activations);
         self.tracer
             .leave(number, began, &report.comm, zero, activations);
-        Ok(report.agreement.stop_requested)
+        let busy = began.elapsed().saturating_sub(report.comm.exposed);
+        self.watch.done(busy.as_secs_f64());
+        self.report_slow_ranks();
+        let went_back = match report.verdict {
+            Verdict::Update { .. } => false,
+            Verdict::Skip { cause } => self.answer_bad_step(&data, &report.agreement, cause)?,
+        };
+        Ok(StepEnd {
+            flags: report.agreement.flags,
+            went_back,
+        })
+    }
+
+    /// What this rank has to tell the others in the step's agreement.
+    fn flags(&mut self) -> Flags {
+        self.look_after_saves();
+        let request = self.stops.request();
+        if let Some(reason) = &request
+            && !self.stop_noted
+        {
+            self.stop_noted = true;
+            tracing::info!("asked to stop after the step under way: {reason}");
+        }
+        Flags {
+            stop_requested: request.is_some(),
+            saving: self.saver.busy(),
+            save_failed: std::mem::take(&mut self.save_failed),
+        }
+    }
+
+    /// Writes down which ranks hold the others up.
+    fn report_slow_ranks(&mut self) {
+        for slow in self.watch.dog().take_slow() {
+            self.event(Event::SlowRank {
+                step: self.progress.step,
+                rank: slow.rank as u32,
+                seconds: slow.busy_seconds,
+                median_seconds: slow.median_seconds,
+            });
+        }
+    }
+
+    /// Takes note of what the others have told.
+    fn hear(&mut self, flags: Flags) {
+        if flags.save_failed {
+            // A part will never come.
+            self.saver.give_up();
+        }
     }
 
     /// Moves every counter behind the step. A skipped step counts for all but Adam.
-    fn advance(
-        &mut self,
-        stage: &Stage<'_>,
-        data: &StepData,
-        verdict: Verdict,
-    ) -> Result<(), RunError> {
+    fn advance(&mut self, stage: &Stage<'_>, data: &StepData, verdict: Verdict) {
         self.progress.step += 1;
         self.progress.step_in_stage += 1;
+        if self.progress.step_in_stage == stage.config.steps {
+            self.progress.stage += 1;
+            self.progress.step_in_stage = 0;
+        }
         self.progress.tokens += stage.config.batch_tokens;
-        self.progress.samples += data.samples;
+        self.progress.samples = data.samples.end;
         self.progress.cursor = data.cursor.clone();
         self.progress.last_stage = Some(stage.mark());
-        match verdict {
-            Verdict::Update { .. } => self.progress.adam_step += 1,
-            Verdict::Skip { reason } => {
-                self.progress.skipped.push(SkippedRange {
-                    step: self.progress.step,
-                    first_sample: data.first_sample,
-                    samples: data.samples,
-                });
-                self.event(Event::Skip {
-                    step: self.progress.step,
-                    reason: reason.to_owned(),
-                })?;
-            }
+        if matches!(verdict, Verdict::Update { .. }) {
+            self.progress.adam_step += 1;
+            self.bad_steps.applied();
         }
-        Ok(())
     }
 
     fn record(
@@ -321,7 +403,7 @@ impl<'a> Trainer<'a> {
             lr,
             tokens: self.progress.tokens,
             target_tokens: report.agreement.loss.targets,
-            samples: data.samples,
+            samples: data.count,
             tokens_per_second,
             tgs: tokens_per_second / self.ranks.ranks as f64,
             // Nobody states the peak of a CPU; the share of an unknown peak is not a figure.
@@ -335,18 +417,17 @@ impl<'a> Trainer<'a> {
             peak_bytes: memory::stats().peak_bytes,
             skipped: matches!(report.verdict, Verdict::Skip { .. }),
         };
-        metrics.step(&record)?;
+        metrics.step(&record);
         let last_step = self.config.stages.iter().map(|stage| stage.steps).sum();
         tracing::info!("{}", record.log_line(Some(last_step)));
         Ok(())
     }
 
     /// Writes an event, on the rank that writes them.
-    pub(super) fn event(&mut self, event: Event) -> Result<(), RunError> {
+    pub(super) fn event(&mut self, event: Event) {
         if let Some(metrics) = &mut self.metrics {
-            metrics.event(event)?;
+            metrics.event(event);
         }
-        Ok(())
     }
 
     /// What the manifest says beside the tensors.
@@ -364,6 +445,10 @@ impl<'a> Trainer<'a> {
             },
             ..ManifestMeta::default()
         };
+        meta.guard = GuardState {
+            spikes: self.spikes.state().clone(),
+            bad_steps: self.bad_steps.state(),
+        };
         self.progress.record(self.config.stages.len(), &mut meta)?;
         Ok(meta)
     }
@@ -377,18 +462,18 @@ impl<'a> Trainer<'a> {
     }
 
     /// Says how the run ended.
-    fn close(&mut self, outcome: &Result<Outcome, RunError>) -> Result<(), RunError> {
+    fn close(&mut self, outcome: &Result<Outcome, RunError>) {
         self.tracer.close();
         let (reason, detail) = match outcome {
             Ok(Outcome::Finished) => (StopReason::Finished, None),
-            Ok(Outcome::Stopped) => (StopReason::Requested, None),
+            Ok(Outcome::Stopped | Outcome::Abandoned) => (StopReason::Requested, None),
             Err(error) => (StopReason::Failed, Some(error.to_string())),
         };
         self.event(Event::Stop {
             step: self.progress.step,
             reason,
             detail,
-        })
+        });
     }
 }
 

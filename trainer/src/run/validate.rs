@@ -5,6 +5,7 @@ use std::time::Instant;
 use super::{
     RunError, control, feed::validation_batches, stage::Stage, step::Pass, trainer::Trainer,
 };
+use crate::guard::watchdog::Phase;
 use crate::metrics::Event;
 use crate::model::Loss;
 
@@ -12,6 +13,7 @@ impl Trainer<'_> {
     /// Measures the loss on the validation documents with the stage's sequence length and RoPE
     /// base. The mean is over all target tokens, whatever the number of ranks.
     pub(super) fn validate(&mut self, stage: &mut Stage<'_>) -> Result<(), RunError> {
+        self.watch.phase(Phase::Validate);
         let began = Instant::now();
         if self.config.validation.fraction == 0.0 {
             return Ok(());
@@ -30,6 +32,7 @@ impl Trainer<'_> {
                 zero: &mut self.zero,
             };
             for &action in &stage.evaluation {
+                self.watch.act(self.progress.step + 1, action)?;
                 let began = self.tracer.begin();
                 loss += pass.act(action)?;
                 self.tracer.action(action, began, pass.activations);
@@ -61,6 +64,7 @@ impl Trainer<'_> {
             loss: loss.mean(),
             target_tokens: loss.targets,
             seconds: began.elapsed().as_secs_f64(),
-        })
+        });
+        Ok(())
     }
 }

@@ -130,6 +130,23 @@ impl Buffer {
         self.pieces[position].local.clone()
     }
 
+    /// Elements that last from step to step.
+    pub(super) fn held_len(&self) -> usize {
+        match &self.slices {
+            Some(slices) => slices.numel(),
+            None => self.length,
+        }
+    }
+
+    /// What lasts from step to step, after waiting for everything under way.
+    pub(super) fn held(&mut self, clock: &mut CommClock) -> Result<Tensor, ZeroError> {
+        for position in 0..self.pieces.len() {
+            self.settle(position, clock)?;
+        }
+        let held = self.slices.as_ref().or(self.whole.as_ref());
+        held.map(Tensor::shallow_clone).ok_or(ZeroError::NotHeld)
+    }
+
     /// Whether only the own slices last from step to step.
     pub(super) fn sliced(&self) -> bool {
         self.slices.is_some()

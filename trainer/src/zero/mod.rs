@@ -14,6 +14,7 @@ mod buffer;
 mod clock;
 mod fingerprint;
 mod pool;
+mod staging;
 mod state;
 mod state_kind;
 mod transfer;
@@ -21,9 +22,10 @@ mod unit;
 
 pub use clock::{CommClock, CommSpan};
 pub use fingerprint::Fingerprints;
+pub use staging::{StagedPiece, Staging};
 pub use state::{Groups, Zero};
 pub use state_kind::StateKind;
-pub use transfer::{InitialValues, Staged};
+pub use transfer::InitialValues;
 
 /// What can go wrong with sharded state.
 #[derive(Debug, thiserror::Error)]

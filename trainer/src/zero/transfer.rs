@@ -1,4 +1,4 @@
-//! State into and out of the sharded buffers, tensor by tensor.
+//! State into the sharded buffers, tensor by tensor.
 //!
 //! The outside (initial values, checkpoints, Hugging Face folders) speaks of canonical tensors and
 //! row-major element ranges; the inside of slices of flat units. This file is where they meet, and
@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use oxitron_kernels::philox;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use super::{
     CommClock, StateKind, Zero, ZeroError,
@@ -18,21 +18,6 @@ use crate::plan::{BufferKind, Init, Part, TensorSpec};
 
 /// Elements that are copied at a time, so that reading a large model needs little memory beyond it.
 const CHUNK: usize = 1 << 22;
-
-/// A run of elements of one tensor's state, copied to host memory.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Staged {
-    /// Canonical name.
-    pub tensor: String,
-    /// Shape of the whole tensor.
-    pub shape: Vec<usize>,
-    /// Which state.
-    pub state: StateKind,
-    /// Row-major elements of the whole tensor.
-    pub range: Range<usize>,
-    /// Their values.
-    pub data: Vec<f32>,
-}
 
 /// The initial values of a model as a source for [`Zero::load`].
 #[derive(Clone, Copy, Debug)]
@@ -102,48 +87,6 @@ impl Zero {
         }
         Ok(())
     }
-
-    /// Copies this rank's share of the state to host memory: what it holds, divided equally among
-    /// the ranks that hold the same.
-    ///
-    /// # Errors
-    /// When libtorch fails to copy.
-    pub fn stage(&mut self) -> Result<Vec<Staged>, ZeroError> {
-        let (shard, replica) = (&self.groups.shard, &self.groups.replica);
-        let mut staged = Vec::new();
-        for unit in &mut self.units {
-            for part in unit.parts.clone() {
-                // Frozen tensors that nobody has split are held by every rank.
-                let (index, copies) = match part.buffer {
-                    BufferKind::Frozen if !unit.frozen.sliced() => (
-                        replica.index() * shard.size() + shard.index(),
-                        replica.size() * shard.size(),
-                    ),
-                    _ => (replica.index(), replica.size()),
-                };
-                for held in unit.held(&part, &mut self.clock)? {
-                    let mine = share(held.elements.len(), index, copies);
-                    if mine.is_empty() {
-                        continue;
-                    }
-                    staged.push(Staged {
-                        tensor: part.tensor.name.clone(),
-                        shape: part.tensor.shape.clone(),
-                        state: held.state,
-                        data: held.read(&mine).map_err(torch_error(&unit.name))?,
-                        range: held.elements.start + mine.start..held.elements.start + mine.end,
-                    });
-                }
-            }
-        }
-        Ok(staged)
-    }
-}
-
-/// An equal share of `length` elements.
-fn share(length: usize, index: usize, members: usize) -> Range<usize> {
-    let size = length.div_ceil(members);
-    (index * size).min(length)..((index + 1) * size).min(length)
 }
 
 /// Elements of a tensor's state that lie on this rank.
@@ -160,11 +103,6 @@ impl Held {
     fn write(&self, within: usize, values: &[f32]) -> Result<(), tch::TchError> {
         let mut view = slice_of(&self.view, &(within..within + values.len()))?;
         view.f_copy_(&Tensor::f_from_slice(values)?)
-    }
-
-    /// Reads the elements `range` of this run.
-    fn read(&self, range: &Range<usize>) -> Result<Vec<f32>, tch::TchError> {
-        Vec::<f32>::try_from(&slice_of(&self.view, range)?.f_to_kind(Kind::Float)?)
     }
 }
 
@@ -218,7 +156,7 @@ impl UnitState {
 
 /// The elements of a tensor that lie in a slice of its unit's buffer, counted in the tensor and in
 /// the slice.
-fn overlap(part: &Part, own: &Range<usize>) -> Option<(Range<usize>, Range<usize>)> {
+pub(super) fn overlap(part: &Part, own: &Range<usize>) -> Option<(Range<usize>, Range<usize>)> {
     let start = part.range.start.max(own.start);
     let end = part.range.end.min(own.end);
     (start < end).then(|| {

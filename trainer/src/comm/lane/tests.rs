@@ -114,7 +114,7 @@ fn alone_what_comes_after_a_failure_is_not_run_and_poisons_the_lane() {
 #[test]
 fn alone_a_ticket_of_another_world_cannot_be_waited_for() {
     let lane = Comm::solo().lane(&[0]).unwrap();
-    let (_promise, foreign) = Promise::new(5, Default::default());
+    let (_promise, foreign) = Promise::new(5, Default::default(), Default::default());
     let ticket = lane.after(&foreign).all_gather(Tensor::from_slice(&[1f32]));
     let error = ticket.wait().unwrap_err().to_string();
     assert!(error.contains("another communicator"), "{error}");

@@ -45,16 +45,16 @@ fn a_later_attempt_replaces_what_it_did_over_and_what_lay_beyond() {
     assert_eq!(next_attempt(run).unwrap(), 1);
     let mut first = MetricsWriter::open(run, 1).unwrap();
     for k in 1..=8 {
-        first.step(&step(k, k as f64)).unwrap();
+        first.step(&step(k, k as f64));
     }
-    first.event(validation(5, 0.5)).unwrap();
-    first.event(validation(8, 0.8)).unwrap();
+    first.event(validation(5, 0.5));
+    first.event(validation(8, 0.8));
     drop(first);
 
     assert_eq!(next_attempt(run).unwrap(), 2);
     let mut second = MetricsWriter::open(run, 2).unwrap();
-    second.event(resume(5)).unwrap();
-    second.step(&step(6, 60.0)).unwrap();
+    second.event(resume(5));
+    second.step(&step(6, 60.0));
     drop(second);
 
     let history = History::read(run).unwrap();
@@ -86,7 +86,7 @@ fn within_an_attempt_the_later_line_wins() {
     let folder = tempfile::tempdir().unwrap();
     let mut writer = MetricsWriter::open(folder.path(), 1).unwrap();
     for (k, loss) in [(1, 1.0), (2, 2.0), (3, 3.0), (2, 20.0), (3, 30.0)] {
-        writer.step(&step(k, loss)).unwrap();
+        writer.step(&step(k, loss));
     }
     let steps = History::read(folder.path()).unwrap().steps;
     assert_eq!(
@@ -106,12 +106,10 @@ fn the_higher_attempt_wins_wherever_its_line_stands() {
 fn the_writer_stamps_its_attempt() {
     let folder = tempfile::tempdir().unwrap();
     let mut writer = MetricsWriter::open(folder.path(), 7).unwrap();
-    writer
-        .step(&StepRecord {
-            attempt: 3,
-            ..step(1, 1.0)
-        })
-        .unwrap();
+    writer.step(&StepRecord {
+        attempt: 3,
+        ..step(1, 1.0)
+    });
     assert_eq!(History::read(folder.path()).unwrap().steps[0].attempt, 7);
 }
 
@@ -119,7 +117,7 @@ fn the_writer_stamps_its_attempt() {
 fn a_torn_line_costs_one_record_and_the_next_attempt_starts_afresh() {
     let folder = tempfile::tempdir().unwrap();
     let mut writer = MetricsWriter::open(folder.path(), 1).unwrap();
-    writer.step(&step(1, 1.0)).unwrap();
+    writer.step(&step(1, 1.0));
     let path = folder.path().join(METRICS_FILE);
     OpenOptions::new()
         .append(true)
@@ -137,8 +135,7 @@ fn a_torn_line_costs_one_record_and_the_next_attempt_starts_afresh() {
 
     MetricsWriter::open(folder.path(), 2)
         .unwrap()
-        .step(&step(2, 2.0))
-        .unwrap();
+        .step(&step(2, 2.0));
     let mended = History::read(folder.path()).unwrap();
     assert_eq!((mended.steps.len(), mended.warnings.len()), (2, 0));
 }
@@ -148,8 +145,7 @@ fn a_damaged_line_is_refused_when_read_but_does_not_stop_a_resume() {
     let folder = tempfile::tempdir().unwrap();
     MetricsWriter::open(folder.path(), 4)
         .unwrap()
-        .step(&step(1, 1.0))
-        .unwrap();
+        .step(&step(1, 1.0));
     let path = folder.path().join(METRICS_FILE);
     let text = fs::read_to_string(&path).unwrap();
     fs::write(&path, format!("not json\n{text}")).unwrap();
@@ -183,8 +179,8 @@ fn a_follower_sees_each_whole_line_once() {
     let mut follower = StepFollower::new(folder.path());
     assert!(follower.poll().unwrap().is_empty());
     let mut writer = MetricsWriter::open(folder.path(), 1).unwrap();
-    writer.step(&step(1, 1.0)).unwrap();
-    writer.step(&step(2, 2.0)).unwrap();
+    writer.step(&step(1, 1.0));
+    writer.step(&step(2, 2.0));
     assert_eq!(follower.poll().unwrap().len(), 2);
     let path = folder.path().join(METRICS_FILE);
     let line = serde_json::to_string(&step(3, 3.0)).unwrap() + "\n";

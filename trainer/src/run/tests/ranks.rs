@@ -2,7 +2,7 @@
 
 use tch::Device;
 
-use super::runner::{Runner, Setting, Sharding, Weights, assemble};
+use super::runner::{Runner, Setting, Sharding, Weights, assemble, staged};
 use crate::comm::Comm;
 use crate::config::{Dtype, ModelConfig, Patterns};
 use crate::model::{Batch, describe};
@@ -150,7 +150,7 @@ fn train(model: &ModelConfig, mesh: Mesh) -> Trained {
     let setting = setting(model, mesh);
     let mut results = on_every_rank(mesh.ranks, |comm| {
         let mut runner = Runner::new(setting, comm);
-        let initial = runner.zero.stage().unwrap();
+        let initial = staged(&mut runner.zero);
         let reports: Vec<(f64, f64)> = samples
             .chunks(SAMPLES)
             .map(|batch| {
@@ -159,7 +159,7 @@ fn train(model: &ModelConfig, mesh: Mesh) -> Trained {
                 (report.agreement.loss.mean(), report.agreement.grad_norm)
             })
             .collect();
-        (initial, reports, runner.zero.stage().unwrap())
+        (initial, reports, staged(&mut runner.zero))
     });
     for (rank, (_, reports, _)) in results.iter().enumerate() {
         assert_eq!(

@@ -9,11 +9,12 @@ use crate::comm::{Comm, Lane, Wire};
 use crate::config::{Dtype, ModelConfig};
 use crate::model::{Activations, Batch, Decoder, describe};
 use crate::plan::{Action, Layout, ShardMap, StepShape, emit_opening, emit_step};
+use crate::run::control::Flags;
 use crate::run::step::{Pass, Step, StepReport};
 use crate::run::trace::Tracer;
 use crate::testing::counter_hash::{self, Scales};
 use crate::testing::tiny::Tensors;
-use crate::zero::{Groups, InitialValues, Staged, StateKind, Zero};
+use crate::zero::{Groups, InitialValues, StagedPiece, StateKind, Zero, ZeroError};
 
 /// Where weights begin.
 #[derive(Clone, Copy)]
@@ -142,7 +143,8 @@ impl Runner {
             world: &self.world,
             adamw,
             clip_norm: self.clip_norm,
-            stop_requested: false,
+            spikes: None,
+            flags: Flags::default(),
             tracer: &mut self.tracer,
         }
         .run(&self.actions)
@@ -152,18 +154,41 @@ impl Runner {
     }
 }
 
+/// A piece of a rank's state and its values.
+pub type Staged = (StagedPiece, Vec<f32>);
+
+/// What `zero` would save.
+pub fn staged(zero: &mut Zero) -> Vec<Staged> {
+    let mut staging = zero.staging(0..zero.units()).unwrap();
+    zero.stage(&mut staging).unwrap();
+    let mut values = Vec::new();
+    let written = staging.write(|some| {
+        values.extend_from_slice(some);
+        Ok::<_, ZeroError>(())
+    });
+    written.unwrap();
+    let mut values = values.into_iter();
+    let take = |piece: &StagedPiece| {
+        (
+            piece.clone(),
+            values.by_ref().take(piece.range.len()).collect(),
+        )
+    };
+    staging.pieces().map(take).collect()
+}
+
 /// The master weights that the ranks hold together.
 pub fn assemble(staged: impl IntoIterator<Item = Staged>) -> Tensors {
     let mut tensors = Tensors::new();
-    for piece in staged
+    for (piece, values) in staged
         .into_iter()
-        .filter(|piece| piece.state == StateKind::Master)
+        .filter(|(piece, _)| piece.state == StateKind::Master)
     {
         let length = piece.shape.iter().product();
         let tensor = tensors
             .entry(piece.tensor)
             .or_insert_with(|| vec![f32::NAN; length]);
-        tensor[piece.range].copy_from_slice(&piece.data);
+        tensor[piece.range].copy_from_slice(&values);
     }
     assert!(
         tensors.values().flatten().all(|value| !value.is_nan()),

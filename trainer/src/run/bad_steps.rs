@@ -1,0 +1,160 @@
+//! What follows a step whose update was not applied: the run goes on without it, goes back to a
+//! checkpoint, or gives up.
+
+use std::ops::Range;
+
+use super::{
+    RunError, control::Agreement, feed::StepData, open::open_dataset, restore::read_state,
+    trainer::Trainer,
+};
+use crate::checkpoint::{self, Checkpoint, Scrutiny, SkippedRange};
+use crate::config::SpikePolicy;
+use crate::guard::{BadStep, Cause, Decision};
+use crate::metrics::Event;
+
+/// A checkpoint that the run can go back to.
+#[derive(Clone, Copy, Debug)]
+struct Earlier {
+    step: u64,
+    /// Where its data stood.
+    samples: u64,
+}
+
+impl Trainer<'_> {
+    /// Answers a step whose update was not applied; true when the run went back. All ranks come to
+    /// the same answer.
+    ///
+    /// # Errors
+    /// [`RunError::BadSteps`] when the limits of `[guard]` are reached.
+    pub(super) fn answer_bad_step(
+        &mut self,
+        data: &StepData,
+        agreement: &Agreement,
+        cause: Cause,
+    ) -> Result<bool, RunError> {
+        let mut earlier = self.newest_before(u64::MAX)?;
+        let bad = BadStep {
+            step: self.progress.step,
+            samples: data.samples.clone(),
+            loss: agreement.loss.mean(),
+            grad_norm: agreement.grad_norm,
+            cause,
+            checkpoint_sample: earlier.map(|earlier| earlier.samples),
+        };
+        match self.bad_steps.decide(&bad) {
+            Decision::Apply | Decision::Skip => {
+                self.skip(&bad);
+                Ok(false)
+            }
+            Decision::GiveUp(message) => Err(RunError::BadSteps(message)),
+            Decision::Rollback { mut leave_out } => {
+                while let Some(target) = earlier {
+                    leave_out.start = leave_out.start.min(target.samples);
+                    if self.go_back(&bad, target, leave_out.clone())? {
+                        return Ok(true);
+                    }
+                    earlier = self.newest_before(target.step)?;
+                }
+                Err(RunError::BadSteps(format!(
+                    "{bad}. No checkpoint that the run could go back to is sound, see the log; \
+                     bring one back and start again"
+                )))
+            }
+        }
+    }
+
+    /// Goes on without the update.
+    fn skip(&mut self, bad: &BadStep) {
+        let Range { start, end } = bad.samples;
+        tracing::warn!("update skipped: {bad}");
+        self.progress.skipped.push(SkippedRange {
+            step: bad.step,
+            first_sample: start,
+            samples: end - start,
+        });
+        self.event(Event::Skip {
+            step: bad.step,
+            reason: bad.to_string(),
+            first_sample: start,
+            end_sample: end,
+        });
+    }
+
+    /// The newest checkpoint of a step before `step`, as the leader finds it, if that is the
+    /// policy.
+    fn newest_before(&mut self, step: u64) -> Result<Option<Earlier>, RunError> {
+        if self.config.guard.spike_policy != SpikePolicy::Rollback {
+            return Ok(None);
+        }
+        // The save under way may be the newest.
+        self.await_save();
+        let dir = &self.config.checkpoint.dir;
+        let [found, step, samples] = self.ranks.leaders_choice(|| {
+            let newest = checkpoint::newest_valid_before(dir, step, Scrutiny::Structure)?;
+            let ours = newest.checkpoint.as_ref().map(Checkpoint::meta);
+            let ours = ours.filter(|meta| meta.run_id == self.run_id);
+            Ok(ours.map_or([0; 3], |meta| [1, meta.step, meta.samples]))
+        })?;
+        Ok((found == 1).then_some(Earlier { step, samples }))
+    }
+
+    /// Goes back to a checkpoint and leaves out samples from there on; false when the checkpoint is
+    /// damaged.
+    ///
+    /// The samples are left out for good before anything else happens: the checkpoint's manifest is
+    /// rewritten. A run that is killed before that meets the same step again and decides again.
+    fn go_back(
+        &mut self,
+        bad: &BadStep,
+        target: Earlier,
+        leave_out: Range<u64>,
+    ) -> Result<bool, RunError> {
+        let dir = self.config.checkpoint.dir.clone();
+        let folder = dir.join(checkpoint::folder_name(target.step));
+        tracing::warn!("going back to {}: {bad}", folder.display());
+        let opened = Checkpoint::open(&folder).map_err(RunError::from);
+        let checkpoint = self.ranks.together(opened)?;
+        if let Some(reason) = read_state(&mut self.zero, &checkpoint, &self.ranks)? {
+            self.reject(target.step, reason);
+            return Ok(false);
+        }
+        self.take_over(&checkpoint)?;
+        self.progress.left_out.insert(leave_out.clone());
+        let amended = self.abandon_later(&folder, target.step);
+        self.ranks.together(amended)?;
+        self.reopen_dataset(&checkpoint)?;
+        self.open_exchanges()?;
+        self.watch.begin(target.step)?;
+        self.event(Event::Rollback {
+            step: bad.step,
+            to_step: target.step,
+            reason: bad.to_string(),
+            first_sample: leave_out.start,
+            end_sample: leave_out.end,
+        });
+        Ok(true)
+    }
+
+    /// On the leader: what came after the checkpoint goes, and the checkpoint says what is left out.
+    fn abandon_later(&self, folder: &std::path::Path, step: u64) -> Result<(), RunError> {
+        if !self.ranks.leads() {
+            return Ok(());
+        }
+        checkpoint::retire(&self.config.checkpoint.dir, step)?;
+        let ours = self.manifest_meta()?;
+        checkpoint::amend(folder, |meta| {
+            meta.left_out = ours.left_out;
+            meta.guard = ours.guard;
+        })?;
+        Ok(())
+    }
+
+    /// Files that were admitted after the checkpoint wait for their stage again.
+    fn reopen_dataset(&mut self, checkpoint: &Checkpoint) -> Result<(), RunError> {
+        let recorded = checkpoint.meta().dataset_lock.as_deref();
+        if recorded != Some(self.dataset.fingerprint()) {
+            self.dataset = open_dataset(self.config, &self.ranks, recorded)?;
+        }
+        Ok(())
+    }
+}

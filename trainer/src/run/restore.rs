@@ -1,0 +1,97 @@
+//! The state of a run from a checkpoint: when it starts, and when it goes back.
+
+use std::ops::Range;
+
+use super::{RunError, progress::Progress, ranks::Ranks, trainer::Trainer};
+use crate::checkpoint::{Checkpoint, StateKind};
+use crate::metrics::Event;
+use crate::plan::Action;
+use crate::zero::{InitialValues, Zero, ZeroError};
+
+/// All state that a run reads from its checkpoint.
+const STATES: [StateKind; 3] = [StateKind::Master, StateKind::ExpAvg, StateKind::ExpAvgSq];
+
+/// Reads this rank's elements of all state, and on the leader what nobody else reads: together the
+/// ranks have then compared every byte of the checkpoint with its checksum. Returns what is wrong
+/// with it on any rank; the state is unspecified then.
+///
+/// # Errors
+/// What has nothing to do with the checkpoint.
+pub(super) fn read_state(
+    zero: &mut Zero,
+    checkpoint: &Checkpoint,
+    ranks: &Ranks,
+) -> Result<Option<String>, RunError> {
+    let read = zero.load(|spec, state, range, out| checkpoint.read(&spec.name, state, range, out));
+    let rest = match &read {
+        Ok(()) if ranks.leads() => checkpoint.verify_rest(&STATES, &mut |_, _| {}),
+        _ => Ok(()),
+    };
+    let damage = match (read, rest) {
+        (Err(ZeroError::Read { tensor, problem }), _) => {
+            Some(format!("tensor {tensor}: {problem}"))
+        }
+        (Err(other), _) => return ranks.together(Err(other.into())),
+        (Ok(()), Err(damage)) => Some(damage.to_string()),
+        (Ok(()), Ok(())) => None,
+    };
+    if let Some(reason) = &damage {
+        let dir = checkpoint.dir().display();
+        tracing::error!("{dir} is damaged and cannot be used: {reason}");
+    }
+    ranks.together(Ok(()))?;
+    let sound = ranks.all(damage.is_none())?;
+    let elsewhere = || "another rank found it damaged, see its log".to_owned();
+    Ok((!sound).then(|| damage.unwrap_or_else(elsewhere)))
+}
+
+/// Fills weights from the seed.
+pub(super) fn initial_values(zero: &mut Zero, seed: u64) -> Result<(), RunError> {
+    let values = InitialValues { seed };
+    zero.load(|spec, state, range, out| {
+        values.read(spec, state, range, out);
+        Ok::<_, std::convert::Infallible>(())
+    })?;
+    Ok(())
+}
+
+/// Loads weights alone; the moments start at zero.
+pub(super) fn weights_alone<E: std::fmt::Display>(
+    zero: &mut Zero,
+    read: impl Fn(&str, Range<usize>, &mut [f32]) -> Result<(), E>,
+) -> Result<(), RunError> {
+    zero.load(|spec, state, range, out| match state {
+        StateKind::Master => read(&spec.name, range, out),
+        StateKind::ExpAvg | StateKind::ExpAvgSq => {
+            out.fill(0.0);
+            Ok(())
+        }
+    })?;
+    Ok(())
+}
+
+impl Trainer<'_> {
+    /// Takes over everything that a checkpoint says beside its tensors.
+    pub(super) fn take_over(&mut self, checkpoint: &Checkpoint) -> Result<(), RunError> {
+        let meta = checkpoint.meta();
+        self.progress = Progress::from_manifest(meta, checkpoint.dir())?;
+        self.spikes.restore(meta.guard.spikes.clone());
+        self.parent = Some(self.shown(checkpoint.dir()));
+        Ok(())
+    }
+
+    /// Brings under way what the plan's lists expect to be under way when they begin.
+    pub(super) fn open_exchanges(&mut self) -> Result<(), RunError> {
+        for action in self.plan.opening() {
+            if let Action::Exchange(exchange) = action {
+                self.zero.exchange(exchange)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes down that a checkpoint was passed over.
+    pub(super) fn reject(&mut self, step: u64, reason: String) {
+        self.event(Event::CheckpointRejected { step, reason });
+    }
+}
