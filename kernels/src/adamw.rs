@@ -1,8 +1,13 @@
-//! AdamW (Loshchilov & Hutter 2019) on flat fp32 slices.
+//! AdamW (Loshchilov & Hutter 2019) on flat slices: fp32 master weights, moments in fp32 or bf16.
 //!
 //! The arithmetic follows `torch.optim.AdamW` (single-tensor, not capturable) operation by
 //! operation, each rounded to fp32; scalars are prepared in fp64 and rounded once. That keeps a
 //! run in fp32 within rounding of the same run under PyTorch.
+//!
+//! Moments in bf16 are widened, computed with in fp32, and rounded to nearest even when they are
+//! stored; the weight is updated with what they were before that rounding. A moment whose decay is
+//! slower than a bf16 step (2⁻⁸) would round back to what it was, so such betas are not for bf16;
+//! the configuration refuses them.
 
 use tch::Tensor;
 
@@ -37,13 +42,13 @@ pub struct AdamW {
     pub step: u64,
 }
 
-/// The state of one flat range of parameters, all `[n]` fp32.
+/// The state of one flat range of parameters, all `[n]`.
 pub struct State<'a> {
-    /// The weights in full precision (updated).
+    /// The weights in full precision, fp32 (updated).
     pub master: &'a mut Tensor,
-    /// First moment (updated).
+    /// First moment, fp32 or bf16 (updated).
     pub exp_avg: &'a mut Tensor,
-    /// Second moment (updated).
+    /// Second moment, of the same dtype (updated).
     pub exp_avg_sq: &'a mut Tensor,
 }
 
@@ -90,15 +95,17 @@ pub fn step(
         eps: adamw.eps as f32,
         minus_step_size: -(adamw.lr / correction1) as f32,
     };
-    match weight_out {
-        None => run::<f32>(n, scalars, state, grad, None),
-        Some(out) => with_float!(OP, "weight_out", out => T: {
-            run::<T>(n, scalars, state, grad, Some(out))
-        }),
-    }
+    with_float!(OP, "exp_avg", state.exp_avg => M: {
+        match weight_out {
+            None => run::<M, f32>(n, scalars, state, grad, None),
+            Some(out) => with_float!(OP, "weight_out", out => T: {
+                run::<M, T>(n, scalars, state, grad, Some(out))
+            }),
+        }
+    })
 }
 
-fn run<T: Float>(
+fn run<M: Float, T: Float>(
     n: usize,
     scalars: Scalars,
     state: State<'_>,
@@ -108,12 +115,9 @@ fn run<T: Float>(
     let mut operands = Operands::new(OP);
     let grad = operands.read::<f32>("grad", grad, &[n])?;
     let master = Rows::new(operands.write::<f32>("master", state.master, &[n])?, GRAIN);
-    let m = Rows::new(
-        operands.write::<f32>("exp_avg", state.exp_avg, &[n])?,
-        GRAIN,
-    );
+    let m = Rows::new(operands.write::<M>("exp_avg", state.exp_avg, &[n])?, GRAIN);
     let v = Rows::new(
-        operands.write::<f32>("exp_avg_sq", state.exp_avg_sq, &[n])?,
+        operands.write::<M>("exp_avg_sq", state.exp_avg_sq, &[n])?,
         GRAIN,
     );
     let out = weight_out
@@ -131,7 +135,7 @@ fn run<T: Float>(
             let grad = &grad[range.start * GRAIN..][..w.len()];
             match out {
                 Some(out) => update(scalars, grad, w, m, v, out),
-                None => update::<T>(scalars, grad, w, m, v, &mut []),
+                None => update::<M, T>(scalars, grad, w, m, v, &mut []),
             }
         },
     );
@@ -139,19 +143,20 @@ fn run<T: Float>(
 }
 
 simd! {
-fn update<T: Float>(
-    s: Scalars, grad: &[f32], w: &mut [f32], m: &mut [f32], v: &mut [f32], out: &mut [T],
+fn update<M: Float, T: Float>(
+    s: Scalars, grad: &[f32], w: &mut [f32], m: &mut [M], v: &mut [M], out: &mut [T],
 ) {
     let n = grad.len();
     let (w, m, v) = (&mut w[..n], &mut m[..n], &mut v[..n]);
     for i in 0..n {
         let g = grad[i] * s.grad_scale;
         let decayed = w[i] * s.decay;
-        let first = m[i] + s.one_minus_beta1 * (g - m[i]);
-        let second = v[i] * s.beta2 + s.one_minus_beta2 * g * g;
+        let (m_before, v_before) = (m[i].to_f32(), v[i].to_f32());
+        let first = m_before + s.one_minus_beta1 * (g - m_before);
+        let second = v_before * s.beta2 + s.one_minus_beta2 * g * g;
         let denominator = second.sqrt() / s.root_correction2 + s.eps;
-        m[i] = first;
-        v[i] = second;
+        m[i] = M::from_f32(first);
+        v[i] = M::from_f32(second);
         w[i] = decayed + s.minus_step_size * first / denominator;
     }
     for (out, w) in out.iter_mut().zip(w) {
@@ -241,11 +246,59 @@ mod tests {
         }
     }
 
+    /// The same step with moments in fp32, and rounded afterwards; and against PyTorch's arithmetic
+    /// with moments that are rounded after every step.
+    #[test]
+    fn moments_in_bf16_are_those_in_fp32_rounded_when_stored() {
+        let narrow = |x: &Tensor| x.to_kind(Kind::BFloat16);
+        let wide = |x: &Tensor| x.to_kind(Kind::Float);
+        let start = normal("w", &[N], Kind::Float);
+        let zero = || zeros(&[N], Kind::BFloat16);
+        let (mut w, mut m, mut v) = (start.copy(), zero(), zero());
+        let (mut w_torch, mut m_torch, mut v_torch) = (start.copy(), zero(), zero());
+        for step_number in 1..=20 {
+            let hyper = hyper(step_number);
+            let grad = normal(&format!("grad {step_number}"), &[N], Kind::Float);
+            let (mut w32, mut m32, mut v32) = (w.copy(), wide(&m), wide(&v));
+            let state = State {
+                master: &mut w32,
+                exp_avg: &mut m32,
+                exp_avg_sq: &mut v32,
+            };
+            step(&hyper, state, &grad, None).unwrap();
+            let state = State {
+                master: &mut w,
+                exp_avg: &mut m,
+                exp_avg_sq: &mut v,
+            };
+            let mut out = poison(&[N], Kind::BFloat16);
+            step(&hyper, state, &grad, Some(&mut out)).unwrap();
+            assert!(bits(&w) == bits(&w32), "step {step_number}");
+            assert!(bits(&m) == bits(&narrow(&m32)), "step {step_number}");
+            assert!(bits(&v) == bits(&narrow(&v32)), "step {step_number}");
+            assert!(bits(&out) == bits(&narrow(&w)), "step {step_number}");
+
+            let (mut m32, mut v32) = (wide(&m_torch), wide(&v_torch));
+            torch_step(&hyper, &mut w_torch, &mut m32, &mut v32, &grad);
+            (m_torch, v_torch) = (narrow(&m32), narrow(&v32));
+        }
+        // Where the two differ in the last bit of fp32, one may round up and the other down.
+        assert_close("w", &w, &w_torch, 1e-6);
+        assert_close("m", &m, &m_torch, 1e-4);
+        assert_close("v", &v, &v_torch, 1e-4);
+        assert!(relative(&w, &start) > 1e-2, "the weights must have moved");
+    }
+
     #[test]
     fn any_split_and_any_number_of_threads_give_the_same_bits() {
-        fn run(cuts: &[i64]) -> Vec<u32> {
+        any_split(Kind::Float);
+        any_split(Kind::BFloat16);
+    }
+
+    fn any_split(moments: Kind) {
+        fn run(cuts: &[i64], moments: Kind) -> Vec<u32> {
             let w = normal("w", &[N], Kind::Float);
-            let (m, v) = (zeros(&[N], Kind::Float), zeros(&[N], Kind::Float));
+            let (m, v) = (zeros(&[N], moments), zeros(&[N], moments));
             let grad = normal("g", &[N], Kind::Float);
             for pair in cuts.windows(2) {
                 let part = |x: &Tensor| x.narrow(0, pair[0], pair[1] - pair[0]);
@@ -258,8 +311,8 @@ mod tests {
             }
             [bits(&w), bits(&m), bits(&v)].concat()
         }
-        assert_thread_independent(|| run(&[0, N]));
-        assert!(run(&[0, N]) == run(&[0, 1, 64, 9000, 9001, N]));
+        assert_thread_independent(move || run(&[0, N], moments));
+        assert!(run(&[0, N], moments) == run(&[0, 1, 64, 9000, 9001, N], moments));
     }
 
     #[test]
@@ -287,5 +340,14 @@ mod tests {
             matches!(error, Error::Shape { tensor: "grad", .. }),
             "{error}"
         );
+        let state = State {
+            master: &mut w,
+            exp_avg: &mut zeros(&[4], Kind::BFloat16),
+            exp_avg_sq: &mut v,
+        };
+        let error = step(&hyper(1), state, &zero(), None)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("exp_avg_sq"), "{error}");
     }
 }

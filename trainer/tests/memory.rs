@@ -14,10 +14,10 @@ use oxitron_trainer::comm::{Comm, Wire};
 use oxitron_trainer::config::{Config, Dtype, ModelConfig};
 use oxitron_trainer::model::{Activations, Batch, Decoder, Objective, activation_bytes, describe};
 use oxitron_trainer::plan::{
-    Action, Layout, ShardMap, StepShape, Units, emit_opening, emit_step, state_bytes,
+    Action, ElementBytes, Layout, ShardMap, StepShape, Units, emit_opening, emit_step, state_bytes,
 };
-use oxitron_trainer::zero::{Groups, InitialValues, Zero};
-use tch::Device;
+use oxitron_trainer::zero::{Groups, InitialValues, StateDtypes, Zero};
+use tch::{Device, Kind};
 
 /// 3.0 million parameters.
 const MODEL: &str = r#"
@@ -54,9 +54,17 @@ fn the_plan_counts_what_the_allocator_counts() {
     }
     for stage in 0..=3 {
         for (ranks, shard) in [(1, 1), (2, 2), (4, 4), (4, 2)] {
-            state(&config.model, Dtype::Fp32, stage, ranks, shard);
+            state(
+                &config.model,
+                (Dtype::Fp32, Kind::Float),
+                stage,
+                ranks,
+                shard,
+            );
         }
-        state(&config.model, Dtype::Bf16, stage, 2, 2);
+        state(&config.model, (Dtype::Bf16, Kind::Float), stage, 2, 2);
+        state(&config.model, (Dtype::Bf16, Kind::BFloat16), stage, 2, 2);
+        state(&config.model, (Dtype::Fp32, Kind::BFloat16), stage, 1, 1);
     }
 }
 
@@ -122,24 +130,37 @@ fn activations(model: &ModelConfig, dtype: Dtype, recompute: bool) {
 }
 
 /// Weights, gradients and optimizer state of all ranks after some steps.
-fn state(model: &ModelConfig, dtype: Dtype, stage: u8, ranks: usize, shard: usize) {
+fn state(
+    model: &ModelConfig,
+    (dtype, moments): (Dtype, Kind),
+    stage: u8,
+    ranks: usize,
+    shard: usize,
+) {
     let units = units(model);
     let layout = Layout::new(stage, ranks, shard);
     let map = ShardMap::new(&units, layout.mesh.shard);
     let shape = shape(2, true);
     let actions = emit_step(&units, &map, &layout, shape);
-    let weight_bytes = match dtype {
-        Dtype::Fp32 => 4,
-        Dtype::Bf16 => 2,
+    let bytes = ElementBytes {
+        weight: match dtype {
+            Dtype::Fp32 => 4,
+            Dtype::Bf16 => 2,
+        },
+        moment: moments.elt_size_in_bytes(),
     };
-    let planned = state_bytes(&units, &map, &layout, &actions, weight_bytes);
+    let planned = state_bytes(&units, &map, &layout, &actions, bytes);
 
     let barrier = Barrier::new(ranks);
     let rank = |comm: Comm| {
         Threads::set(1).unwrap();
         let decoder = Decoder::new(model, dtype);
         let groups = Groups::new(&comm, &layout.mesh).unwrap();
-        let dtypes = (decoder.compute_kind(), Wire::F32);
+        let dtypes = StateDtypes {
+            compute: decoder.compute_kind(),
+            moments,
+            wire: Wire::F32,
+        };
         let mut zero = Zero::new(&units, &map, &layout, groups, dtypes, Device::Cpu).unwrap();
         load(&mut zero);
         let opening = emit_opening(&units, &map, &layout, shape);
@@ -178,7 +199,9 @@ fn state(model: &ModelConfig, dtype: Dtype, stage: u8, ranks: usize, shard: usiz
         threads.into_iter().map(join).collect()
     });
     let (replicas, shard) = (layout.mesh.replicate, layout.mesh.shard);
-    let what = format!("state, stage {stage}, {dtype:?}, {replicas} groups of {shard}");
+    let what = format!(
+        "state, stage {stage}, {dtype:?}, moments {moments:?}, {replicas} groups of {shard}"
+    );
     compare(&what, freed[0] / ranks as u64, planned.total(), 0.01);
 }
 

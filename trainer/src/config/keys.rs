@@ -187,7 +187,8 @@ pub(super) const OPTIMIZER: &[Key] = &[
         "Tensors without weight decay, matched like `model.freeze`."),
     key("moments_dtype", Choice(&["fp32", "bf16"]), Is("\"fp32\""), "",
         "Number format in which the moments are kept. bf16 saves 4 bytes per parameter; they are \
-         computed in fp32 and rounded to nearest when stored."),
+         computed in fp32 and rounded to nearest when stored, so `betas` must not be greater than \
+         0.99609375 (a slower decay would be lost in rounding)."),
     key("clip_norm", Number(NotNegative), Is("1.0"), "",
         "Gradients are scaled down to this global norm; 0 turns clipping off."),
     key("warmup_steps", STEPS, Is("0"), "steps", "Linear warm-up at the start of a stage."),

@@ -4,6 +4,7 @@
 
 use super::error::{ConfigError, Problem, refuse_if_any};
 use super::guard::SampleRange;
+use super::model::Dtype;
 use super::root::Config;
 use super::run::TraceSteps;
 use super::source::Sources;
@@ -19,6 +20,7 @@ pub(super) fn validate(config: &Config, tree: &Node, sources: &Sources) -> Resul
     };
     check.heads(config);
     check.trace(config);
+    check.moments(config);
     check.saves(config);
     check.skipped_samples(config);
     check.names(
@@ -91,6 +93,24 @@ impl Check<'_> {
             let help = format!("use [{last}, {first}]");
             self.problem(&["run.trace_steps"], message, help);
         }
+    }
+
+    /// A bf16 number has 8 significant bits: a moment that shrinks by less than half of its last bit
+    /// rounds back to what it was, and never decays.
+    fn moments(&mut self, config: &Config) {
+        const SLOWEST: f64 = 1.0 - 1.0 / 256.0;
+        let (beta1, beta2) = config.optimizer.betas;
+        if config.optimizer.moments_dtype == Dtype::Fp32 || beta1.max(beta2) <= SLOWEST {
+            return;
+        }
+        let message = format!(
+            "`optimizer.betas` is [{beta1}, {beta2}], with `moments_dtype = \"bf16\"` neither must be \
+             greater than {SLOWEST}: a moment that decays by less than 1/256 per step would round \
+             back to what it was"
+        );
+        let help = "use smaller betas such as [0.9, 0.95], or `moments_dtype = \"fp32\"`";
+        let paths = ["optimizer.betas", "optimizer.moments_dtype"];
+        self.problem(&paths, message, help.to_owned());
     }
 
     fn saves(&mut self, config: &Config) {

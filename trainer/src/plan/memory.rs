@@ -18,7 +18,7 @@ pub struct StateBytes {
     pub gradients: usize,
     /// fp32 master weights.
     pub master: usize,
-    /// AdamW's two fp32 moments.
+    /// AdamW's two moments.
     pub moments: usize,
     /// Buffers for units that are whole only for a while.
     pub buffers: usize,
@@ -31,7 +31,16 @@ impl StateBytes {
     }
 }
 
-/// The state of a rank that walks `actions`, with weights of `weight_bytes` bytes each.
+/// Bytes of an element of the state whose dtype is a choice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ElementBytes {
+    /// Of a weight.
+    pub weight: usize,
+    /// Of a moment.
+    pub moment: usize,
+}
+
+/// The state of a rank that walks `actions`, with elements of so many `bytes`.
 ///
 /// Buffers that are held for a while are kept and used again by units of the same size, so each
 /// size counts as often as it is held at once.
@@ -40,7 +49,7 @@ pub fn state_bytes(
     map: &ShardMap,
     layout: &Layout,
     actions: &[Action],
-    weight_bytes: usize,
+    bytes: ElementBytes,
 ) -> StateBytes {
     let elements = |buffer: BufferKind, holding: Holding| -> usize {
         let of_unit = |unit| match holding {
@@ -52,12 +61,12 @@ pub fn state_bytes(
     let (trainable, frozen) = (BufferKind::Trainable, BufferKind::Frozen);
     let owned = elements(trainable, Holding::Slices);
     StateBytes {
-        weights: weight_bytes
+        weights: bytes.weight
             * (elements(trainable, layout.weights) + elements(frozen, layout.weights)),
         gradients: FP32 * elements(trainable, layout.gradients),
         master: FP32 * owned,
-        moments: 2 * FP32 * owned,
-        buffers: held_bytes(map, layout, actions, weight_bytes),
+        moments: 2 * bytes.moment * owned,
+        buffers: held_bytes(map, layout, actions, bytes.weight),
     }
 }
 

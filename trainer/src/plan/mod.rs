@@ -20,7 +20,7 @@ mod units;
 
 pub use action::{Action, Exchange, Role};
 pub use layout::{Holding, Layout};
-pub use memory::{StateBytes, state_bytes};
+pub use memory::{ElementBytes, StateBytes, state_bytes};
 pub use mesh::Mesh;
 pub use shards::{GRANULE, Piece, Shard, ShardMap};
 pub use staging::{share, staging_bytes};

@@ -349,7 +349,14 @@ fn sliced_state_shrinks_with_the_group_and_buffers_with_the_prefetch() {
             prefetch_units,
         };
         let actions = emit_step(&units, &map, &layout, shape);
-        state_bytes(&units, &map, &layout, &actions, 2)
+        let (weight, moment) = (2, 4);
+        state_bytes(
+            &units,
+            &map,
+            &layout,
+            &actions,
+            ElementBytes { weight, moment },
+        )
     };
     let whole = bytes(0, 4, 1);
     assert_eq!((whole.buffers, whole.moments), (0, 2 * whole.master));

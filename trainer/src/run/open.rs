@@ -8,7 +8,7 @@ use super::{
     RunError, control,
     folder::RunFolder,
     origin::Origin,
-    plan::{RunPlan, dtype_of_this_machine, wire},
+    plan::{RunPlan, dtype_of_this_machine, kind, wire},
     progress::Progress,
     ranks::Ranks,
     restore::{initial_values, read_state, weights_alone},
@@ -26,7 +26,7 @@ use crate::guard::{BadSteps, Spikes};
 use crate::metrics::units::{bytes, grouped};
 use crate::metrics::{self, Event, MetricsWriter};
 use crate::model::Decoder;
-use crate::zero::{CommClock, Groups, StateKind, Zero};
+use crate::zero::{CommClock, Groups, StateDtypes, StateKind, Zero};
 
 /// Where runs compute.
 const DEVICE: Device = Device::Cpu;
@@ -212,10 +212,11 @@ impl Begun {
                 &plan.map,
                 &plan.layout,
                 Groups::new(comm, &plan.layout.mesh)?,
-                (
-                    decoder.compute_kind(),
-                    wire(config.parallel.grad_reduce_dtype),
-                ),
+                StateDtypes {
+                    compute: decoder.compute_kind(),
+                    moments: kind(config.optimizer.moments_dtype),
+                    wire: wire(config.parallel.grad_reduce_dtype),
+                },
                 DEVICE,
             )?;
             let filled = match &origin {

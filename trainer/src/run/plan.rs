@@ -1,13 +1,14 @@
 //! The plan of a run: what it will hold, send and do, from its configuration alone.
 
 use oxitron_kernels::cpu_prefers_bf16;
+use tch::Kind;
 
 use super::RunError;
 use crate::comm::Wire;
 use crate::config::{Config, Dtype, Recompute};
 use crate::model::describe;
 use crate::plan::{
-    Action, Layout, ShardMap, StateBytes, StepShape, StepTraffic, Units, WireBytes,
+    Action, ElementBytes, Layout, ShardMap, StateBytes, StepShape, StepTraffic, Units, WireBytes,
     emit_evaluation, emit_opening, emit_step, staging_bytes, state_bytes, step_traffic,
 };
 
@@ -22,6 +23,8 @@ pub struct RunPlan {
     pub map: ShardMap,
     /// The shape of a step, by stage.
     pub shapes: Vec<StepShape>,
+    /// The dtype of AdamW's moments.
+    pub moments: Dtype,
 }
 
 impl RunPlan {
@@ -49,6 +52,7 @@ impl RunPlan {
             shapes: config.stages.iter().map(shape).collect(),
             units,
             layout,
+            moments: config.optimizer.moments_dtype,
         })
     }
 
@@ -75,7 +79,10 @@ impl RunPlan {
             &self.map,
             &self.layout,
             &actions,
-            bytes_of(dtype),
+            ElementBytes {
+                weight: bytes_of(dtype),
+                moment: bytes_of(self.moments),
+            },
         )
     }
 
@@ -114,6 +121,14 @@ fn bytes_of(dtype: Dtype) -> usize {
     match dtype {
         Dtype::Bf16 => 2,
         Dtype::Fp32 => 4,
+    }
+}
+
+/// The dtype of a tensor.
+pub(super) fn kind(dtype: Dtype) -> Kind {
+    match dtype {
+        Dtype::Bf16 => Kind::BFloat16,
+        Dtype::Fp32 => Kind::Float,
     }
 }
 

@@ -1,7 +1,8 @@
 //! Sharded state: units, their slices, and the collectives that keep ranks in step.
 //!
 //! What a rank holds whole and what as slices is the plan's to say
-//! ([`Layout`](crate::plan::Layout)). In every mode fp32 master weights and the two moments exist
+//! ([`Layout`](crate::plan::Layout)). In every mode fp32 master weights and the two moments (fp32 or
+//! bf16, which nothing outside sees: state comes and goes as fp32) exist
 //! once in a shard group (ZeRO-1), an equal slice of every unit on each rank; gradients (ZeRO-2)
 //! and weights (ZeRO-3) may be held as such slices too, and then a unit is whole only while a layer
 //! computes with it. A step reduces each unit's gradient so that its slice arrives summed at the
@@ -23,7 +24,7 @@ mod unit;
 pub use clock::{CommClock, CommSpan};
 pub use fingerprint::Fingerprints;
 pub use staging::{StagedPiece, Staging};
-pub use state::{Groups, Zero};
+pub use state::{Groups, StateDtypes, Zero};
 pub use state_kind::StateKind;
 pub use transfer::InitialValues;
 

@@ -34,6 +34,17 @@ impl Groups {
     }
 }
 
+/// The dtypes of state that are a choice.
+#[derive(Clone, Copy, Debug)]
+pub struct StateDtypes {
+    /// Of the weights that layers compute with.
+    pub compute: Kind,
+    /// Of both moments, fp32 or bf16.
+    pub moments: Kind,
+    /// In which gradients travel.
+    pub wire: Wire,
+}
+
 /// Weights, gradients and sharded optimizer state.
 #[derive(Debug)]
 pub struct Zero {
@@ -51,8 +62,6 @@ pub struct Zero {
 impl Zero {
     /// Allocates the state of `units`, all zeros, as `layout` and `map` spread it over `groups`.
     ///
-    /// `compute` is the dtype of the weights, `wire` the dtype in which gradients travel.
-    ///
     /// # Errors
     /// When libtorch cannot allocate it.
     pub fn new(
@@ -60,14 +69,13 @@ impl Zero {
         map: &ShardMap,
         layout: &Layout,
         groups: Groups,
-        (compute, wire): (Kind, Wire),
+        dtypes: StateDtypes,
         device: Device,
     ) -> Result<Self, ZeroError> {
         let member = groups.shard.index();
-        let states =
-            units.units.iter().enumerate().map(|(index, unit)| {
-                UnitState::new(unit, index, map, layout, member, compute, device)
-            });
+        let states = units.units.iter().enumerate().map(|(index, unit)| {
+            UnitState::new((index, unit), map, layout, member, dtypes, device)
+        });
         Ok(Self {
             units: states.collect::<Result<_, _>>()?,
             layers: units
@@ -77,13 +85,13 @@ impl Zero {
                 .collect(),
             map: map.clone(),
             groups,
-            wire,
+            wire: dtypes.wire,
             pool: Pool::new(device),
             clock: CommClock::default(),
         })
     }
 
-    /// The state of a single rank, which holds everything.
+    /// The state of a single rank, which holds everything; moments in fp32.
     ///
     /// # Errors
     /// When libtorch cannot allocate it.
@@ -91,7 +99,12 @@ impl Zero {
         let layout = Layout::solo();
         let groups = Groups::new(&Comm::solo(), &layout.mesh)?;
         let map = ShardMap::new(units, 1);
-        Self::new(units, &map, &layout, groups, (compute, Wire::F32), device)
+        let dtypes = StateDtypes {
+            compute,
+            moments: Kind::Float,
+            wire: Wire::F32,
+        };
+        Self::new(units, &map, &layout, groups, dtypes, device)
     }
 
     /// Views of the weights of a layer's units, waiting for gathers that are under way.

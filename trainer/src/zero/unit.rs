@@ -10,7 +10,7 @@ use oxitron_kernels::{
 use tch::{Device, Kind, Tensor};
 
 use super::{
-    CommClock, ZeroError,
+    CommClock, StateDtypes, ZeroError,
     buffer::{Buffer, slice_of},
 };
 use crate::plan::{BufferKind, Holding, Layout, Part, Placement, Role, ShardMap, Unit};
@@ -39,21 +39,20 @@ pub(super) struct UnitState {
     pub(super) gradients: Buffer,
     /// `[owned]`, fp32: the own slices of all pieces one after the other.
     pub(super) master: Tensor,
-    /// `[owned]`, fp32: first moment.
+    /// `[owned]`, fp32 or bf16: first moment.
     pub(super) exp_avg: Tensor,
-    /// `[owned]`, fp32: second moment.
+    /// `[owned]`, of the same dtype: second moment.
     pub(super) exp_avg_sq: Tensor,
 }
 
 impl UnitState {
     /// The state of unit number `index`, all zeros, as member `member` of its shard group holds it.
     pub(super) fn new(
-        unit: &Unit,
-        index: usize,
+        (index, unit): (usize, &Unit),
         map: &ShardMap,
         layout: &Layout,
         member: usize,
-        compute: Kind,
+        dtypes: StateDtypes,
         device: Device,
     ) -> Result<Self, ZeroError> {
         let buffer = |buffer: BufferKind, holding: Holding, kind: Kind| {
@@ -67,10 +66,10 @@ impl UnitState {
             )
             .map_err(torch_error(&unit.name))
         };
-        let weights = buffer(BufferKind::Trainable, layout.weights, compute)?;
+        let weights = buffer(BufferKind::Trainable, layout.weights, dtypes.compute)?;
         let owned = map.owned_len(index, BufferKind::Trainable);
-        let state = || {
-            Tensor::f_zeros([owned as i64], (Kind::Float, device)).map_err(torch_error(&unit.name))
+        let state = |kind: Kind| {
+            Tensor::f_zeros([owned as i64], (kind, device)).map_err(torch_error(&unit.name))
         };
         let parts = unit.parts();
         Ok(Self {
@@ -80,11 +79,11 @@ impl UnitState {
                 .owned()
                 .map(|(own, local)| segments(&parts, &own, local.start))
                 .collect(),
-            frozen: buffer(BufferKind::Frozen, layout.weights, compute)?,
+            frozen: buffer(BufferKind::Frozen, layout.weights, dtypes.compute)?,
             gradients: buffer(BufferKind::Trainable, layout.gradients, Kind::Float)?,
-            master: state()?,
-            exp_avg: state()?,
-            exp_avg_sq: state()?,
+            master: state(Kind::Float)?,
+            exp_avg: state(dtypes.moments)?,
+            exp_avg_sq: state(dtypes.moments)?,
             parts,
             weights,
         })

@@ -238,6 +238,23 @@ fn saves_fit_into_each_other() {
 }
 
 #[test]
+fn moments_in_bf16_need_a_decay_that_survives_rounding() {
+    let with = |lines: &str| minimal_with("lr = 1e-3", &format!("lr = 1e-3\n{lines}"));
+    assert_text(
+        &refusal(&with("betas = [0.9, 0.999]\nmoments_dtype = \"bf16\"")),
+        "`optimizer.betas` is [0.9, 0.999], with `moments_dtype = \"bf16\"` neither must be greater \
+than 0.99609375: a moment that decays by less than 1/256 per step would round back to what it was
+  --> run.toml:10:9
+   |
+10 | betas = [0.9, 0.999]
+   |         ^^^^^^^^^^^^
+   = help: use smaller betas such as [0.9, 0.95], or `moments_dtype = \"fp32\"`",
+    );
+    load(&with("betas = [0.9, 0.999]")).unwrap();
+    load(&with("betas = [0.9, 0.99]\nmoments_dtype = \"bf16\"")).unwrap();
+}
+
+#[test]
 fn a_number_out_of_range_is_refused() {
     assert_text(
         &refusal(&minimal_with("lr = 1e-3", "lr = nan")),

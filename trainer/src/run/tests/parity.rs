@@ -22,6 +22,7 @@ fn twenty_steps_follow_pytorch() {
             model: &model,
             rope_base,
             dtype: Dtype::Fp32,
+            moments: Dtype::Fp32,
             weights: Weights::CounterHash(scales),
             shape: StepShape {
                 accumulation: 2,

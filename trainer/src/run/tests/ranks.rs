@@ -13,14 +13,14 @@ use crate::testing::golden::{self, Golden};
 use crate::testing::tiny::{Tensors, relative_error};
 
 const SEQ_LEN: usize = 24;
-const SAMPLES: usize = 8;
+pub const SAMPLES: usize = 8;
 const STEPS: usize = 40;
-const LR: f64 = 1e-3;
+pub const LR: f64 = 1e-3;
 
 /// A sample: tokens, targets, document starts.
-type Sample = (Vec<i64>, Vec<i64>, Vec<u32>);
+pub type Sample = (Vec<i64>, Vec<i64>, Vec<u32>);
 
-fn samples(vocab: usize) -> Vec<Sample> {
+pub fn samples(vocab: usize) -> Vec<Sample> {
     let total = STEPS * SAMPLES * SEQ_LEN;
     let (tokens, documents) = counter_hash::documents("ranks", total, vocab as u64, 1, 40);
     (0..total / SEQ_LEN)
@@ -48,7 +48,12 @@ fn samples(vocab: usize) -> Vec<Sample> {
 }
 
 /// The micro-batches of a rank in a step; slots past the samples predict nothing.
-fn micro_batches(samples: &[Sample], rank: usize, ranks: usize, accumulation: usize) -> Vec<Batch> {
+pub fn micro_batches(
+    samples: &[Sample],
+    rank: usize,
+    ranks: usize,
+    accumulation: usize,
+) -> Vec<Batch> {
     let per_rank = samples.len().div_ceil(ranks).next_multiple_of(accumulation);
     let empty: Sample = (vec![0; SEQ_LEN], vec![-100; SEQ_LEN], vec![0]);
     let mine: Vec<&Sample> = (0..per_rank)
@@ -73,18 +78,19 @@ struct Trained {
 
 /// How a model is trained.
 #[derive(Clone, Copy, Debug)]
-struct Mesh {
-    ranks: usize,
-    accumulation: usize,
-    overlap: bool,
-    recompute: bool,
-    prefetch_units: usize,
-    sharding: Sharding,
+pub struct Mesh {
+    pub ranks: usize,
+    pub accumulation: usize,
+    pub overlap: bool,
+    pub recompute: bool,
+    pub prefetch_units: usize,
+    pub sharding: Sharding,
+    pub moments: Dtype,
 }
 
 impl Mesh {
     /// A step of one micro-batch, or several, with pieces so small that large units have some.
-    fn new(zero_stage: u8, ranks: usize, shard: usize, accumulation: usize) -> Self {
+    pub fn new(zero_stage: u8, ranks: usize, shard: usize, accumulation: usize) -> Self {
         Self {
             ranks,
             accumulation,
@@ -96,16 +102,17 @@ impl Mesh {
                 shard,
                 piece: 2048,
             },
+            moments: Dtype::Fp32,
         }
     }
 
-    fn alone() -> Self {
+    pub fn alone() -> Self {
         Self::new(0, 1, 1, 1)
     }
 }
 
 /// Runs something on every rank of a mesh: by rank, what it gave back.
-fn on_every_rank<T: Send>(ranks: usize, run: impl Fn(&Comm) -> T + Sync) -> Vec<T> {
+pub fn on_every_rank<T: Send>(ranks: usize, run: impl Fn(&Comm) -> T + Sync) -> Vec<T> {
     let run = &run;
     let on_rank = |comm: Comm| {
         oxitron_kernels::Threads::set(1).unwrap();
@@ -124,7 +131,7 @@ fn on_every_rank<T: Send>(ranks: usize, run: impl Fn(&Comm) -> T + Sync) -> Vec<
     })
 }
 
-fn setting(model: &ModelConfig, mesh: Mesh) -> Setting<'_> {
+pub fn setting(model: &ModelConfig, mesh: Mesh) -> Setting<'_> {
     let per_rank = SAMPLES
         .div_ceil(mesh.ranks)
         .next_multiple_of(mesh.accumulation);
@@ -132,6 +139,7 @@ fn setting(model: &ModelConfig, mesh: Mesh) -> Setting<'_> {
         model,
         rope_base: 10_000.0,
         dtype: Dtype::Fp32,
+        moments: mesh.moments,
         weights: Weights::Seed(7),
         shape: StepShape {
             accumulation: mesh.accumulation,
@@ -184,7 +192,7 @@ fn train(model: &ModelConfig, mesh: Mesh) -> Trained {
 }
 
 /// A model whose number of parameters no group of 2, 3 or 4 ranks divides.
-fn model(tied: bool, freeze: &[&str]) -> ModelConfig {
+pub fn model(tied: bool, freeze: &[&str]) -> ModelConfig {
     let golden = Golden::open("logits");
     let (mut model, ..) = golden::model(&golden.facts["cases"]["untied"]["model"]);
     model.tie_word_embeddings = tied;
@@ -197,7 +205,7 @@ fn model(tied: bool, freeze: &[&str]) -> ModelConfig {
     model
 }
 
-const FROZEN: [&str; 2] = ["*embed_tokens*", "*layers.1.mlp*"];
+pub const FROZEN: [&str; 2] = ["*embed_tokens*", "*layers.1.mlp*"];
 
 fn assert_same(reference: &Trained, other: &Trained, what: &str) {
     assert_eq!(reference.initial, other.initial, "{what}: initial weights");

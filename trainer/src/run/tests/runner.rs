@@ -10,11 +10,14 @@ use crate::config::{Dtype, ModelConfig};
 use crate::model::{Activations, Batch, Decoder, describe};
 use crate::plan::{Action, Layout, ShardMap, StepShape, emit_opening, emit_step};
 use crate::run::control::Flags;
+use crate::run::plan::kind;
 use crate::run::step::{Pass, Step, StepReport};
 use crate::run::trace::Tracer;
 use crate::testing::counter_hash::{self, Scales};
 use crate::testing::tiny::Tensors;
-use crate::zero::{Groups, InitialValues, StagedPiece, StateKind, Zero, ZeroError};
+use crate::zero::{
+    Groups, InitialValues, StagedPiece, StateDtypes, StateKind, Zero, ZeroError,
+};
 
 /// Where weights begin.
 #[derive(Clone, Copy)]
@@ -50,6 +53,7 @@ pub struct Setting<'a> {
     pub model: &'a ModelConfig,
     pub rope_base: f64,
     pub dtype: Dtype,
+    pub moments: Dtype,
     pub weights: Weights,
     pub shape: StepShape,
     pub sharding: Sharding,
@@ -66,7 +70,7 @@ pub struct Runner {
     actions: Vec<Action>,
     world: Lane,
     clip_norm: f64,
-    adam_step: u64,
+    pub adam_step: u64,
     tracer: Tracer,
 }
 
@@ -86,7 +90,11 @@ impl Runner {
         let layout = Layout::new(zero_stage, comm.world(), shard);
         let map = ShardMap::with_pieces_of(&units, layout.mesh.shard, piece);
         let groups = Groups::new(comm, &layout.mesh).unwrap();
-        let dtypes = (decoder.compute_kind(), Wire::F32);
+        let dtypes = StateDtypes {
+            compute: decoder.compute_kind(),
+            moments: kind(setting.moments),
+            wire: Wire::F32,
+        };
         let mut zero = Zero::new(&units, &map, &layout, groups, dtypes, Device::Cpu).unwrap();
         zero.load(|spec, state, range, out| {
             match (setting.weights, state) {
