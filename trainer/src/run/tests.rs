@@ -4,4 +4,5 @@
 
 mod parity;
 mod ranks;
+mod resharding;
 mod runner;

@@ -5,6 +5,7 @@ use std::path::Path;
 use oxitron_kernels::{RopeTable, adamw::AdamW};
 use tch::Device;
 
+use crate::checkpoint::Checkpoint;
 use crate::comm::{Comm, Lane, Wire};
 use crate::config::{Dtype, ModelConfig};
 use crate::model::{Activations, Batch, Decoder, describe};
@@ -21,9 +22,11 @@ use crate::zero::{
 
 /// Where weights begin.
 #[derive(Clone, Copy)]
-pub enum Weights {
+pub enum Weights<'a> {
     Seed(u64),
     CounterHash(Scales),
+    /// With the moments and Adam's time.
+    Checkpoint(&'a Checkpoint),
 }
 
 /// How the state is spread.
@@ -54,7 +57,7 @@ pub struct Setting<'a> {
     pub rope_base: f64,
     pub dtype: Dtype,
     pub moments: Dtype,
-    pub weights: Weights,
+    pub weights: Weights<'a>,
     pub shape: StepShape,
     pub sharding: Sharding,
     /// Tokens of a micro-batch.
@@ -98,6 +101,9 @@ impl Runner {
         let mut zero = Zero::new(&units, &map, &layout, groups, dtypes, Device::Cpu).unwrap();
         zero.load(|spec, state, range, out| {
             match (setting.weights, state) {
+                (Weights::Checkpoint(checkpoint), _) => {
+                    checkpoint.read(&spec.name, state, range, out).unwrap();
+                }
                 (Weights::Seed(seed), _) => InitialValues { seed }.read(spec, state, range, out),
                 (Weights::CounterHash(scales), StateKind::Master) => {
                     let whole = counter_hash::weight(&spec.name, spec.len(), scales);
@@ -121,7 +127,10 @@ impl Runner {
             rope: RopeTable::new(setting.rope_base, model.head_dim, setting.tokens).unwrap(),
             actions,
             clip_norm: setting.clip_norm,
-            adam_step: 0,
+            adam_step: match setting.weights {
+                Weights::Checkpoint(checkpoint) => checkpoint.meta().schedule.adam_step,
+                _ => 0,
+            },
             tracer: Tracer::new(None, Path::new(""), (0, 1), 0, (&units, &map)),
             decoder,
             zero,
