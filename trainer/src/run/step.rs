@@ -31,7 +31,8 @@ pub(super) struct Step<'a> {
     pub(super) flags: Flags,
     /// Counted from 1 over the whole run.
     pub(super) number: u64,
-    pub(super) watch: &'a Watch,
+    /// Absent where nobody watches, in tests of single steps.
+    pub(super) watch: Option<&'a Watch>,
     pub(super) tracer: &'a mut Tracer,
 }
 
@@ -57,7 +58,9 @@ impl Step<'_> {
 
         for &action in actions {
             let began = self.tracer.begin();
-            self.watch.act(self.number, action)?;
+            if let Some(watch) = self.watch {
+                watch.act(self.number, action)?;
+            }
             faults::at(point(action));
             match action {
                 Action::Norm { piece } => gradient += self.pass.zero.sum_of_squares(piece)?,

@@ -301,7 +301,7 @@ impl<'a> Trainer<'a> {
             spikes: self.bad_steps.watches_spikes().then_some(&mut self.spikes),
             flags,
             number,
-            watch: self.watch,
+            watch: Some(self.watch),
             tracer: &mut self.tracer,
         }
         .run(&stage.actions)?;

@@ -12,11 +12,11 @@ use std::time::Duration;
 use super::ranks::{
     FROZEN, LR, Mesh, SAMPLES, Sample, micro_batches, model, on_every_rank, samples, setting,
 };
-use super::runner::{Runner, Setting, Weights};
+use super::runner::{Runner, Setting, Staged, Weights, staged};
 use crate::checkpoint::{Checkpoint, ManifestMeta, PieceData, ScheduleState, commit, save_part};
 use crate::comm::Comm;
 use crate::config::{Dtype, ModelConfig};
-use crate::zero::{Staged, StateKind};
+use crate::zero::StateKind;
 
 /// Steps before the save.
 const BEFORE: usize = 3;
@@ -55,12 +55,12 @@ fn name(mesh: &Mesh) -> String {
 fn assemble(parts: impl IntoIterator<Item = Staged>) -> State {
     let mut state = State::new();
     let hole = f32::NAN.to_bits();
-    for part in parts {
+    for (part, values) in parts {
         let length = part.shape.iter().product();
         let tensor = state
             .entry((part.tensor, part.state))
             .or_insert_with(|| vec![hole; length]);
-        for (bits, value) in tensor[part.range].iter_mut().zip(part.data) {
+        for (bits, value) in tensor[part.range].iter_mut().zip(values) {
             assert_eq!(*bits, hole, "an element is staged twice");
             *bits = value.to_bits();
         }
@@ -103,15 +103,15 @@ fn rounded(state: &State) -> State {
 }
 
 fn save(runner: &mut Runner, comm: &Comm, folder: &Path) -> Vec<Staged> {
-    let staged = runner.zero.stage().unwrap();
+    let staged = staged(&mut runner.zero);
     let pieces: Vec<PieceData<'_>> = staged
         .iter()
-        .map(|part| PieceData {
+        .map(|(part, values)| PieceData {
             tensor: &part.tensor,
             state: part.state,
             shape: &part.shape,
             range: part.range.clone(),
-            data: &part.data,
+            data: values,
         })
         .collect();
     let (rank, world) = (comm.rank(), comm.world());
@@ -167,7 +167,7 @@ fn load_and_train(model: &ModelConfig, mesh: Mesh, checkpoint: &Checkpoint) -> (
     };
     let results = on_every_rank(mesh.ranks, |comm| {
         let mut runner = Runner::new(setting, comm);
-        let staged = runner.zero.stage().unwrap();
+        let staged = staged(&mut runner.zero);
         (staged, walk(&mut runner, comm, &mesh, rest))
     });
     let losses = results[0].1.clone();

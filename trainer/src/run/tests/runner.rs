@@ -16,9 +16,7 @@ use crate::run::step::{Pass, Step, StepReport};
 use crate::run::trace::Tracer;
 use crate::testing::counter_hash::{self, Scales};
 use crate::testing::tiny::Tensors;
-use crate::zero::{
-    Groups, InitialValues, StagedPiece, StateDtypes, StateKind, Zero, ZeroError,
-};
+use crate::zero::{Groups, InitialValues, StagedPiece, StateDtypes, StateKind, Zero, ZeroError};
 
 /// Where weights begin.
 #[derive(Clone, Copy)]
@@ -162,6 +160,8 @@ impl Runner {
             clip_norm: self.clip_norm,
             spikes: None,
             flags: Flags::default(),
+            number: self.adam_step + 1,
+            watch: None,
             tracer: &mut self.tracer,
         }
         .run(&self.actions)
