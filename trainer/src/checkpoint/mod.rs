@@ -31,14 +31,24 @@
 //! neither be mistaken for this one nor be damaged by it.
 //!
 //! Every file is written, fsynced and renamed into place, then the folder is fsynced. A crash at
-//! any point leaves either the checkpoint that was there before, or the new one.
+//! any point leaves either the checkpoint that was there before, or the new one; the tests look at
+//! every such state. [`amend`] replaces the manifest alone in the same way. A save that fails leaves
+//! nothing that counts, and [`discard`] removes what it does leave.
+//!
+//! All changes on disk are made by `disk.rs`, where tests let them fail ([`crate::faults`]).
 //!
 //! # Reading
 //!
 //! [`Checkpoint::open`] reads and checks the manifest and the sizes of the files;
 //! [`Checkpoint::read`] fetches only the chunks that hold the elements asked for, and compares each
-//! chunk's xxh3-128 before a byte of it is used. A manifest is treated as hostile input: names,
+//! chunk's xxh3-128 before a byte of it is used. [`Checkpoint::verify_rest`] compares the chunks that
+//! no reader of the tensors touches, so that a resume looks at every byte. A manifest is treated as hostile input: names,
 //! sizes, boxes and offsets are checked before anything is allocated or opened by them.
+//!
+//! # Deleting
+//!
+//! A manifest says what its checkpoint was saved for ([`Purpose`]); [`Retention`] says which stay.
+//! The manifest goes first, and the newest valid checkpoint never goes. [`retire`] takes a run back.
 //!
 //! # What it refuses
 //!

@@ -7,6 +7,8 @@ mod crash_states;
 mod damage;
 mod failures;
 mod hostile;
+#[cfg(feature = "faults")]
+mod kills;
 mod retention;
 mod round_trip;
 mod save;

@@ -85,7 +85,7 @@ fn stays(member: &Member, history: &[Member], policy: &Retention, scrutiny: Scru
         || member.purpose == Purpose::StageEnd
         || policy
             .keep_every
-            .is_some_and(|every| member.step % every == 0)
+            .is_some_and(|every| member.step.is_multiple_of(every))
         || (rotates(member.purpose)
             && newer.iter().filter(|other| rotates(other.purpose)).count() < policy.keep)
 }
