@@ -297,7 +297,7 @@ impl Formulas {
             weights: slice(weight, layout.weights),
             gradients: slice(4, layout.gradients),
             master: slice(4, Holding::Slices),
-            moments: slice(8, Holding::Slices),
+            moments: slice(2 * width(report.plan.moments), Holding::Slices),
             reduce: sent(
                 format!("{gradient} P{accumulated} · {others}/{shard}"),
                 shard,
