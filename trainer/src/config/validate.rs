@@ -145,12 +145,26 @@ impl Check<'_> {
     }
 
     fn skipped_samples(&mut self, config: &Config) {
+        let trained = config.stages.iter().fold(0u64, |sum, stage| {
+            let samples = stage.batch_tokens / (stage.seq_len as u64);
+            sum.saturating_add(stage.steps.saturating_mul(samples))
+        });
         for (index, range) in config.guard.skip_samples.iter().enumerate() {
             let SampleRange { first, end } = *range;
+            let path = format!("guard.skip_samples.{index}");
             if first < end {
+                // All of them are drawn, however many there are, before the run goes on.
+                if end - first > trained {
+                    let message = format!(
+                        "`{path}` leaves out {} samples, more than the {trained} that all stages \
+                         train on",
+                        end - first
+                    );
+                    let help = "give indices of samples, counted from 0, without the end";
+                    self.problem(&[&path], message, help.to_owned());
+                }
                 continue;
             }
-            let path = format!("guard.skip_samples.{index}");
             let message = format!(
                 "`{path}` is [{first}, {end}], its end, which is not left out itself, must be after \
                  its first"

@@ -207,6 +207,17 @@ to 4611686018427387904
    |                 ^^^^^^^^^
    = help: give `guard.skip_samples.0` a list of two whole numbers from 0 to 4611686018427387904",
     );
+    // 100 steps of 16 samples.
+    load(&format!("{MINIMAL}\n[guard]\nskip_samples = [[7, 1607]]\n")).unwrap();
+    assert_text(
+        &guard("skip_samples = [[7, 1608]]"),
+        "`guard.skip_samples.0` leaves out 1601 samples, more than the 1600 that all stages train on
+  --> run.toml:18:17
+   |
+18 | skip_samples = [[7, 1608]]
+   |                 ^^^^^^^^^
+   = help: give indices of samples, counted from 0, without the end",
+    );
     assert!(guard("skip_samples = [3, 9]").contains("`guard.skip_samples.0` is 3, it must be"));
     assert!(guard("spike_window = 15").contains("a whole number from 16 to"));
     assert!(guard("spike_zscore = 0").contains("a number > 0"));
