@@ -238,7 +238,6 @@ mod tests {
             addr,
             index: None,
             oper_status,
-            is_p2p: false,
         }
     }
 

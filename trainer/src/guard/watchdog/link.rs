@@ -106,6 +106,14 @@ impl TcpLink {
     }
 }
 
+#[cfg(test)]
+impl TcpLink {
+    /// Sends what is no message.
+    pub(super) fn send_raw(&mut self, bytes: &[u8]) {
+        let _ = self.stream.write_all(bytes);
+    }
+}
+
 /// Why an address was no good.
 enum Refused {
     Failed(String),
