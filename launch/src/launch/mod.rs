@@ -130,7 +130,8 @@ fn prepare(args: &LaunchArgs) -> Result<(Job, Config)> {
     match args.min_ranks {
         Some(min) if min > args.ranks => {
             anyhow::bail!(
-                "--min-ranks {min} is more than --ranks {ranks}; it is the fewest ranks to go on with"
+                "--min-ranks {min} is more than --ranks {ranks}; it says how few ranks a restart may \
+                 go on with"
             )
         }
         Some(_) if args.max_restarts == 0 => {

@@ -5,9 +5,11 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use oxitron_trainer::config::Config;
 use oxitron_trainer::metrics::{Event, History};
 use signal_hook::consts::SIGTERM;
 
+use super::accepts;
 use super::attempts::{Attempts, Watcher};
 use crate::ranks::tests::{
     Listener, WAIT, alone, assert_all_gone, fake_ssh, job, pids, with_variables,
@@ -280,4 +282,34 @@ fn too_few_machines_end_the_launch_with_their_names() {
              the one restart is used up",
         ]);
     });
+}
+
+#[test]
+fn ranks_are_as_many_as_batches_groups_and_machines_allow() {
+    let folder = tempfile::tempdir().unwrap();
+    let (config, hosts) = (
+        folder.path().join("config.toml"),
+        folder.path().join("hosts"),
+    );
+    std::fs::write(&hosts, "a slots=4\nb slots=3\n").unwrap();
+    let hosts = Hosts::read(&hosts).unwrap();
+    let text = "[run]\nname = \"tiny\"\n[model]\nfamily = \"llama\"\nvocab_size = 512\n\
+                hidden_size = 64\nintermediate_size = 176\nnum_layers = 2\nnum_heads = 4\n\
+                num_kv_heads = 2\n[data]\ntokenizer = \"t.json\"\n[[data.source]]\n\
+                name = \"words\"\npath = \"shards/*.parquet\"\n[optimizer]\nlr = 1e-3\n[[stage]]\nname = \"short\"\n\
+                seq_len = 64\nsteps = 6\nbatch_tokens = 384\n";
+    std::fs::write(&config, text).unwrap();
+    let accepted = |set: &str| {
+        let config = Config::load(&config, &[set.to_owned()]).unwrap();
+        let ranks = (1..=7).filter(|&ranks| accepts(&config, ranks, &hosts));
+        ranks.collect::<Vec<_>>()
+    };
+    // Six samples in a batch.
+    assert_eq!(
+        accepted("parallel.shard_size=\"world\""),
+        [1, 2, 3, 4, 5, 6]
+    );
+    assert_eq!(accepted("parallel.shard_size=2"), [2, 4, 6]);
+    // Four on the first machine, and the second has no four slots.
+    assert_eq!(accepted("parallel.shard_size=\"node\""), [1, 2, 3, 4]);
 }
