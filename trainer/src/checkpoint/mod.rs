@@ -32,7 +32,7 @@
 //!
 //! Every file is written, fsynced and renamed into place, then the folder is fsynced. A crash at
 //! any point leaves either the checkpoint that was there before, or the new one; the tests look at
-//! every such state. [`amend`] replaces the manifest alone in the same way. A save that fails leaves
+//! every such state. [`amend()`] replaces the manifest alone in the same way. A save that fails leaves
 //! nothing that counts, and [`discard`] removes what it does leave.
 //!
 //! All changes on disk are made by `disk.rs`, where tests let them fail ([`crate::faults`]).

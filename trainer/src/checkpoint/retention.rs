@@ -79,7 +79,7 @@ pub fn retain(dir: &Path, policy: &Retention, scrutiny: Scrutiny) -> Result<Vec<
 /// and come to the same decision again. A damaged checkpoint goes as well: were its damage a passing
 /// error of the file system, it would come back as the newest.
 ///
-/// Whoever also changes the checkpoint that the run goes back to (with [`amend`](super::amend), to
+/// Whoever also changes the checkpoint that the run goes back to (with [`amend`](super::amend()), to
 /// tell it which samples to skip) does so first. Only the process that owns the run directory may
 /// call this, and only while no save is under way.
 ///
