@@ -5,7 +5,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup build demo clean-demo test check oracle peers bench-peers bench-overlap docs
+.PHONY: help setup build demo clean-demo test torture check oracle peers bench-peers bench-overlap docs
 
 CARGO_FLAGS := --release --locked
 have = $(shell command -v $(1) 2>/dev/null)
@@ -25,16 +25,21 @@ demo: build ## train a model on real text, 4k to 32k, and export it; results in 
 clean-demo: ## remove runs/demo
 	rm -rf runs/demo
 
-test: build ## all tests (cargo-nextest where installed)
+# Tests run a binary in which they can make things go wrong (the feature `faults`).
+test: setup ## all tests (cargo-nextest where installed)
 ifneq ($(call have,cargo-nextest),)
-	cargo nextest run $(CARGO_FLAGS) --workspace
-	cargo test $(CARGO_FLAGS) --workspace --doc
+	cargo nextest run $(CARGO_FLAGS) --workspace --features oxitron/faults
+	cargo test $(CARGO_FLAGS) --workspace --features oxitron/faults --doc
 else
-	cargo test $(CARGO_FLAGS) --workspace
+	cargo test $(CARGO_FLAGS) --workspace --features oxitron/faults
 endif
 	tests/setup_test.sh
 	tests/demo_test.sh
 	tests/docs_test.sh
+
+torture: setup ## a run killed 200 times while it saves, and 500 single-byte changes of a checkpoint
+	OXITRON_KILLS=200 OXITRON_FLIPS=500 cargo test $(CARGO_FLAGS) --workspace \
+		--features oxitron/faults --lib --test torture -- --nocapture torture flips
 
 check: setup ## formatting, lints, documentation links, licences
 	cargo fmt --all --check

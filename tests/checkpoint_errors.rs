@@ -16,7 +16,7 @@ fn checkpoints_that_are_damaged_or_of_another_model_are_refused() {
     let config = fixture.config(ONE_STAGE);
     train(&config, &[]).done();
     let checkpoint = fixture.text("run/checkpoints/step-00000006");
-    let payload = fixture.path("run/checkpoints/step-00000006/part-00000.1-6.safetensors");
+    let payload = fixture.path("run/checkpoints/step-00000006/part-00000.1-1-6.safetensors");
     let name = payload.to_str().unwrap();
     let other = ["--set", "model.intermediate_size=96"];
 

@@ -1,0 +1,1 @@
+//! Steps that must not be applied, in real runs.

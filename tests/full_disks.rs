@@ -1,0 +1,1 @@
+//! Disks that are full, forbidden or gone while a run saves.
