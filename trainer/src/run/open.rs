@@ -83,6 +83,10 @@ impl<'a> Trainer<'a> {
         );
         let time_limit = config.run.time_limit.map(TimeSpan::duration);
         let stops = Stops::new(&options.stop, &config.run.dir, ranks.leads(), time_limit);
+        let stops = stops.map_err(RunError::io(
+            &config.run.dir,
+            "start a thread that looks for requests to stop in",
+        ));
         let mut trainer = Self {
             config,
             watch,
@@ -96,11 +100,12 @@ impl<'a> Trainer<'a> {
             run_id,
             attempt,
             parent: None,
-            stops,
+            stops: ranks.together(stops)?,
             stop_noted: false,
             saver: ranks.together(saver)?,
             saves: 0,
             save_failed: false,
+            last_saved: None,
             spikes: Spikes::new(&config.guard),
             bad_steps: BadSteps::new(&config.guard),
             ranks,

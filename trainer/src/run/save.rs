@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use super::{
     RunError,
+    control::Flags,
     saver::{CommitJob, PartError, SaveJob, Saved, spec},
     trainer::Trainer,
 };
@@ -39,10 +40,12 @@ impl Trainer<'_> {
     ///
     /// What goes wrong with the files is said in the log and in an event, and does not end the run:
     /// earlier checkpoints are as they were.
-    pub(super) fn save(&mut self, purpose: Purpose, saving: bool) -> Result<(), RunError> {
+    pub(super) fn save(&mut self, purpose: Purpose, flags: Flags) -> Result<(), RunError> {
         let step = self.progress.step;
-        let periodic = matches!(purpose, Purpose::Regular | Purpose::Ephemeral);
-        if saving && periodic && self.config.checkpoint.when_busy == WhenBusy::Skip {
+        let may_skip = self.config.checkpoint.when_busy == WhenBusy::Skip
+            && matches!(purpose, Purpose::Regular | Purpose::Ephemeral)
+            && !flags.stop_requested;
+        if flags.saving && may_skip {
             tracing::warn!("step {step} is not saved: the save before is still being written");
             self.event(Event::SaveSkipped { step });
             return Ok(());
@@ -139,12 +142,11 @@ impl Trainer<'_> {
         })
     }
 
-    /// Waits for the save under way, if there is one; true when it did well.
-    pub(super) fn await_save(&mut self) -> bool {
+    /// Waits for the save under way, if there is one.
+    pub(super) fn await_save(&mut self) {
         let watch = self.watch;
-        match self.saver.wait(|| watch.phase(Phase::Save)) {
-            Some(saved) => self.note_end(saved),
-            None => true,
+        if let Some(saved) = self.saver.wait(|| watch.phase(Phase::Save)) {
+            self.note_end(saved);
         }
     }
 
@@ -155,8 +157,8 @@ impl Trainer<'_> {
         }
     }
 
-    /// Says how a save ended; true when it did well.
-    pub(super) fn note_end(&mut self, saved: Saved) -> bool {
+    /// Says how a save ended.
+    pub(super) fn note_end(&mut self, saved: Saved) {
         let Saved {
             step,
             folder,
@@ -175,7 +177,7 @@ impl Trainer<'_> {
                     step,
                     reason: error.to_string(),
                 });
-                return false;
+                return;
             }
         };
         if self.ranks.leads() {
@@ -196,7 +198,7 @@ impl Trainer<'_> {
             }
             self.parent = Some(self.shown(&folder));
         }
-        true
+        self.last_saved = Some(step);
     }
 
     /// Waits until the last save is durable. All ranks call it, before they leave.
@@ -209,7 +211,9 @@ impl Trainer<'_> {
         if !self.ranks.all(mine)? {
             self.saver.give_up();
         }
-        let durable = self.await_save() && !self.save_failed;
+        self.await_save();
+        // A run that was done when it started saves nothing.
+        let durable = self.saves == 0 || self.last_saved == Some(self.progress.step);
         if self.ranks.all(durable)? {
             return Ok(());
         }

@@ -107,6 +107,8 @@ pub(super) struct Trainer<'a> {
     pub(super) saves: u64,
     /// A save has failed on this rank since the last step told the others.
     pub(super) save_failed: bool,
+    /// The step whose save was the last to do well on this rank.
+    pub(super) last_saved: Option<u64>,
     pub(super) spikes: Spikes,
     pub(super) bad_steps: BadSteps,
     /// The leader holds the run directory and writes the figures.
@@ -164,7 +166,7 @@ impl<'a> Trainer<'a> {
             self.validate(stage)?;
         }
         match save {
-            Some(purpose) => self.save(purpose, flags.saving),
+            Some(purpose) => self.save(purpose, flags),
             None => Ok(()),
         }
     }
@@ -329,15 +331,16 @@ impl<'a> Trainer<'a> {
     /// What this rank has to tell the others in the step's agreement.
     fn flags(&mut self) -> Flags {
         self.look_after_saves();
-        let request = self.stops.request();
-        if let Some(reason) = &request
-            && !self.stop_noted
-        {
+        let stop_requested = self.stops.requested();
+        if stop_requested && !self.stop_noted {
             self.stop_noted = true;
-            tracing::info!("asked to stop after the step under way: {reason}");
+            tracing::info!(
+                "asked to stop, which happens after the step that begins now: {}",
+                self.stop_reason()
+            );
         }
         Flags {
-            stop_requested: request.is_some(),
+            stop_requested,
             saving: self.saver.busy(),
             save_failed: std::mem::take(&mut self.save_failed),
         }
@@ -353,6 +356,13 @@ impl<'a> Trainer<'a> {
                 median_seconds: slow.median_seconds,
             });
         }
+    }
+
+    /// Who has asked the run to stop.
+    fn stop_reason(&self) -> String {
+        let here = self.stops.reason().map(str::to_owned);
+        let told = || self.watch.dog().stop_reason();
+        here.or_else(told).unwrap_or_else(|| "a signal".to_owned())
     }
 
     /// Takes note of what the others have told.
@@ -466,7 +476,9 @@ impl<'a> Trainer<'a> {
         self.tracer.close();
         let (reason, detail) = match outcome {
             Ok(Outcome::Finished) => (StopReason::Finished, None),
-            Ok(Outcome::Stopped | Outcome::Abandoned) => (StopReason::Requested, None),
+            Ok(Outcome::Stopped | Outcome::Abandoned) => {
+                (StopReason::Requested, Some(self.stop_reason()))
+            }
             Err(error) => (StopReason::Failed, Some(error.to_string())),
         };
         self.event(Event::Stop {
