@@ -67,35 +67,38 @@ pub fn capture() -> Vec<ThreadStack> {
     let mut silent = 0;
     // All are asked before any name is looked up, which takes longer: the stacks then belong to one
     // moment, nearly.
-    let asked: Vec<(i32, String, char, String, Result<Vec<usize>, Silence>)> = threads
+    let asked: Vec<(ThreadStack, Vec<usize>)> = threads
         .into_iter()
         .map(|id| {
-            let (name, state, wait) = of_the_kernel(id);
-            let frames = if silent < MAX_SILENT {
+            let mut thread = of_the_kernel(id);
+            let addresses = if silent < MAX_SILENT {
                 stacks::frames(id, LIMIT)
             } else {
                 Err(Silence::Unable)
             };
-            silent += usize::from(frames == Err(Silence::NoAnswer));
-            (id, name, state, wait, frames)
+            silent += usize::from(addresses == Err(Silence::NoAnswer));
+            let addresses = addresses.unwrap_or_else(|silence| {
+                thread.frames = Err(silence);
+                Vec::new()
+            });
+            (thread, addresses)
         })
         .collect();
     let mut names = HashMap::new();
-    asked
-        .into_iter()
-        .filter(|(.., frames)| *frames != Err(Silence::Gone))
-        .map(|(id, name, state, kernel_wait, frames)| ThreadStack {
-            id,
-            name,
-            state,
-            kernel_wait,
-            frames: frames.map(|frames| resolve(&frames, &mut names)),
-        })
-        .collect()
+    let mut threads = Vec::new();
+    for (mut thread, addresses) in asked {
+        match &mut thread.frames {
+            Ok(frames) => *frames = resolve(&addresses, &mut names),
+            Err(Silence::Gone) => continue,
+            Err(_) => {}
+        }
+        threads.push(thread);
+    }
+    threads
 }
 
-/// Name, state and wait of a thread.
-fn of_the_kernel(id: i32) -> (String, char, String) {
+/// What the kernel knows of a thread.
+fn of_the_kernel(id: i32) -> ThreadStack {
     let read = |file: &str| fs::read_to_string(format!("/proc/self/task/{id}/{file}"));
     let name = read("comm").unwrap_or_default().trim_end().to_owned();
     // The name in `stat` may hold anything, parentheses included; the state follows the last one.
@@ -103,18 +106,25 @@ fn of_the_kernel(id: i32) -> (String, char, String) {
     let state = stat
         .rsplit_once(") ")
         .and_then(|(_, rest)| rest.chars().next());
-    let wait = match read("wchan").unwrap_or_default().as_str() {
+    let kernel_wait = match read("wchan").unwrap_or_default().as_str() {
         "" | "0" => String::new(),
         wait => wait.to_owned(),
     };
-    (name, state.unwrap_or('?'), wait)
+    ThreadStack {
+        id,
+        name,
+        state: state.unwrap_or('?'),
+        kernel_wait,
+        frames: Ok(Vec::new()),
+    }
 }
 
 /// The functions of a stack, without those of the signal handler.
 fn resolve(addresses: &[usize], names: &mut HashMap<usize, Vec<Frame>>) -> Vec<Frame> {
     let mut frames: Vec<Frame> = Vec::new();
     let mut handler_ends = 0;
-    for &address in addresses {
+    // Where a stack ends the unwinder says 0.
+    for &address in addresses.iter().filter(|&&address| address != 0) {
         let found = names.entry(address).or_insert_with(|| at(address));
         frames.extend(found.iter().cloned());
         let is_handler = |frame: &Frame| {

@@ -4,6 +4,7 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -486,6 +487,58 @@ fn slow_ranks_are_offered_on_rank_0() {
     assert_eq!(lock(&found)[0].rank, 1);
     assert!(run.rank(1).take_slow().is_empty());
     run.leave();
+}
+
+/// Hands an invitation to a process.
+const INVITATION: &str = "OXITRON_TEST_INVITATION";
+
+/// Rank 1 of a test, as a process of its own: says that it is there, and stays.
+#[test]
+#[ignore = "started by another test, as a process of its own"]
+fn rank_1_as_a_process() {
+    let Ok(bytes) = std::env::var(INVITATION) else {
+        println!("skipped: no {INVITATION}");
+        return;
+    };
+    let bytes: Vec<u8> = serde_json::from_str(&bytes).unwrap();
+    let invitation = Invitation::from_bytes(&bytes).unwrap();
+    let hooks = Hooks::new(Arc::new(|_| {}));
+    let stop = Arc::new(AtomicBool::new(false));
+    let rank = Watchdog::join(&invitation, None, 1, 2, &settings(), hooks, stop).unwrap();
+    rank.request_stop("here");
+    thread::sleep(2 * PATIENCE);
+}
+
+#[test]
+fn a_killed_process_is_dead_and_a_stopped_one_silent() {
+    for (signal, words) in [
+        ("KILL", "its connection closed"),
+        ("STOP", "no word from it for "),
+    ] {
+        let mut settings = settings();
+        settings.lease = Duration::from_secs(3);
+        let run = Run::start(2, 1, &settings);
+        let bytes = run.invitation.to_bytes().to_vec();
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["guard::watchdog::tests::rank_1_as_a_process", "--exact"])
+            .arg("--ignored")
+            .env(INVITATION, serde_json::to_string(&bytes).unwrap())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let joined = &run.records[0].stop;
+        eventually("the process joins", || joined.load(Ordering::Relaxed));
+        let kill = format!("kill -{signal} {}", child.id());
+        let killed = Command::new("sh").args(["-c", &kill]).status().unwrap();
+        assert!(killed.success());
+        let line = run.records[0].exit_reason();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let person = format!(", pid {}): {words}", child.id());
+        assert!(line.starts_with("watchdog: lost rank 1 ("), "{line}");
+        assert!(line.contains(&person), "{line}");
+    }
 }
 
 fn alone(settings: &Settings) -> (Record, Watchdog) {

@@ -251,15 +251,15 @@ fn explore(ranks: usize, last_step: u64) -> (usize, HashSet<u64>) {
 #[test]
 fn every_interleaving_of_two_ranks_saves_one_state() {
     let (states, marks) = explore(2, 3);
-    assert!(states > 1000, "{states}");
+    assert!(states > 400, "{states}");
     assert_eq!(marks, HashSet::from([0, 1, 2, 3]));
 }
 
 #[test]
 fn every_interleaving_of_three_ranks_saves_one_state() {
-    let (states, marks) = explore(3, 1);
+    let (states, marks) = explore(3, 2);
     assert!(states > 1000, "{states}");
-    assert_eq!(marks, HashSet::from([0, 1]));
+    assert_eq!(marks, HashSet::from([0, 1, 2]));
 }
 
 proptest! {
