@@ -94,8 +94,26 @@ impl Client {
         match self.try_turn() {
             Ok(turn) => turn,
             Err(reason) => {
+                self.listen_out();
                 self.lost(&reason);
                 Turn::Over
+            }
+        }
+    }
+
+    /// Takes in what rank 0 said before it went: it may explain why, and be no misfortune.
+    fn listen_out(&mut self) {
+        while let Ok(messages) = self.link.receive() {
+            if messages.is_empty() {
+                return;
+            }
+            for message in messages {
+                match self.take(message) {
+                    // It has taken its leave, or the exit hook has been called.
+                    Ok(Turn::Over) => self.state.free = true,
+                    // Nothing can be sent any more; that is known.
+                    Ok(Turn::On) | Err(_) => {}
+                }
             }
         }
     }

@@ -134,7 +134,7 @@ impl Link for TcpLink {
     fn send(&mut self, message: &FromRank) -> Result<(), String> {
         self.stream
             .write_all(&wire::encode(message))
-            .map_err(|error| format!("nothing can be sent to it: {error}"))
+            .map_err(|error| format!("its connection broke: {error}"))
     }
 
     fn receive(&mut self) -> Result<Vec<ToRank>, String> {
