@@ -5,7 +5,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup build demo clean-demo test torture check oracle peers bench-peers bench-overlap docs
+.PHONY: help setup build demo clean-demo test torture check oracle peers bench-peers bench-overlap bench-save docs
 
 CARGO_FLAGS := --release --locked
 have = $(shell command -v $(1) 2>/dev/null)
@@ -66,6 +66,9 @@ bench-peers: build peers ## tokens/s beside PyTorch DDP and FSDP2, and two ranks
 
 bench-overlap: build ## how much communication hides behind backward, over a slow link (as root)
 	python3 -B tests/bench/overlap.py
+
+bench-save: build ## how long a save holds up the steps, beside one copy of the same bytes
+	python3 -B tests/bench/saving.py
 
 docs: setup ## the book, docs/book (mdBook), and the API pages, target/doc
 	cargo doc $(CARGO_FLAGS) --workspace --no-deps

@@ -14,7 +14,8 @@ use oxitron_trainer::comm::{Comm, Wire};
 use oxitron_trainer::config::{Config, Dtype, ModelConfig};
 use oxitron_trainer::model::{Activations, Batch, Decoder, Objective, activation_bytes, describe};
 use oxitron_trainer::plan::{
-    Action, ElementBytes, Layout, ShardMap, StepShape, Units, emit_opening, emit_step, state_bytes,
+    Action, ElementBytes, Layout, ShardMap, StepShape, Units, emit_opening, emit_step,
+    staging_bytes, state_bytes,
 };
 use oxitron_trainer::zero::{Groups, InitialValues, StateDtypes, Zero};
 use tch::{Device, Kind};
@@ -178,6 +179,11 @@ fn state(
         for _ in 0..2 {
             walk.step(&actions);
         }
+        let staged = zero.staging(0..zero.units()).unwrap().bytes();
+        let planned = staging_bytes(&units, &map, &layout);
+        // Only rounding makes the shares of later ranks smaller.
+        assert!(staged <= planned && staged * 100 >= planned * 99);
+        assert!(comm.rank() > 0 || staged == planned);
         barrier.wait();
         let with = memory::stats().current_bytes;
         barrier.wait();

@@ -88,7 +88,7 @@ pub enum Purpose {
     /// It was due by the number of steps.
     #[default]
     Regular,
-    /// It was due by the clock, to lose little if the run dies.
+    /// It was due in between, to lose little if the run dies.
     Ephemeral,
     /// A context stage has ended.
     StageEnd,

@@ -28,7 +28,7 @@ pub struct GuardConfig {
     pub hang_timeout: TimeSpan,
     /// The longest time without a sign of life of a rank.
     pub lease: TimeSpan,
-    /// How long ranks have to leave by themselves once the run is given up.
+    /// How long the step under way may go on after a request to stop, before it is given up.
     pub stop_grace: TimeSpan,
     /// Interface or address over which ranks watch each other; `None` leaves it to the system.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -249,13 +249,13 @@ pub(super) const GUARD: &[Key] = &[
     key("start_timeout", TimeSpan, Is("\"30m\""), "",
         "The longest time from the start of a rank to the end of its first step."),
     key("hang_timeout", TimeSpan, Is("\"10m\""), "",
-        "The longest time in which a rank makes no progress; then it counts as hung. Longer than \
-         the longest step, validation or save."),
+        "The longest time in which a rank makes no progress (an action of a step, of a validation, \
+         bytes of a save); then it counts as hung. Longer than the longest action."),
     key("lease", TimeSpan, Is("\"30s\""), "",
         "The longest time without a sign of life of a rank; then it counts as dead."),
     key("stop_grace", TimeSpan, Is("\"10s\""), "",
-        "How long ranks have to leave by themselves when one is dead or hung, before they are \
-         ended."),
+        "How long the step under way may go on after a request to stop. A longer one is given up, \
+         and the state before it is saved."),
     key("watch_interface", Text, Absent("chosen by the system"), "",
         "Network interface (`eth0`) or address over which ranks watch each other."),
 ];

@@ -260,12 +260,20 @@ impl Court {
         stalled.then_some(Cause::Stalled)
     }
 
+    /// Whether a rank makes no progress and has no reason for it. Who waits in a collective for a
+    /// rank that goes on (with a long save, say) has one.
     fn is_stalled(&self, seat: &Seat, now: Instant) -> bool {
         let limit = match seat.state.phase {
             Phase::Starting => self.settings.start_timeout,
             _ => self.settings.hang_timeout,
         };
-        seat.presence == Presence::Present && now.saturating_duration_since(seat.changed) > limit
+        let idle = |seat: &Seat| now.saturating_duration_since(seat.changed);
+        let others_go_on = || {
+            let mut present = self.seats.iter();
+            present.any(|other| other.presence == Presence::Present && idle(other) <= limit)
+        };
+        let waits = seat.state.waits_for.is_some();
+        seat.presence == Presence::Present && idle(seat) > limit && !(waits && others_go_on())
     }
 
     fn condemn(&mut self, cause: &Cause, now: Instant) {

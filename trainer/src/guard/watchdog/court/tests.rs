@@ -77,6 +77,30 @@ fn every_sign_of_life_is_answered() {
     assert_eq!(bench.court.orders(), [Order::Tell(1, ToRank::Heard)]);
 }
 
+/// Rank 1 waits for rank 0, which saves for longer than any time-out, and then hangs.
+#[test]
+fn who_waits_for_a_rank_that_goes_on_is_not_stalled() {
+    let mut bench = Bench::new(2);
+    let limit = Settings::default().hang_timeout.as_secs();
+    let waiting = Some("all-reduce on lane 0 (ranks 0, 1)");
+    for _ in 0..3 * limit {
+        bench.goes_on(0, Phase::Save);
+        bench.says(1, Phase::Save, 1, waiting);
+        bench.second();
+        assert!(bench.verdict().is_none());
+    }
+    let stands = bench.progress;
+    let mut found = None;
+    for _ in 0..limit + 2 {
+        bench.says(0, Phase::Save, stands, None);
+        bench.says(1, Phase::Save, 1, waiting);
+        bench.second();
+        found = found.or(bench.verdict());
+    }
+    let line = found.unwrap().line;
+    assert!(line.starts_with("watchdog: lost rank 0 "), "{line}");
+}
+
 #[test]
 fn a_closed_connection_is_a_death_at_once_and_the_end() {
     let mut bench = Bench::new(3);
@@ -195,13 +219,13 @@ fn a_stall_is_judged_by_the_phase() {
 #[test]
 fn the_one_that_is_waited_for_is_judged_not_the_one_that_waits() {
     let mut bench = Bench::new(3);
-    // Rank 1 computes, slowly, with progress; the others wait for it.
+    // Rank 1 computes for a while and gets stuck; the others have waited for it all the time.
     let mut verdict = None;
     for second in 0..700 {
         for rank in [0, 2] {
             bench.says(rank, Phase::Control, 1, Some("all-reduce on lane 0"));
         }
-        let progress = 2 + second / 100;
+        let progress = 2 + second.min(50);
         bench.says(1, Phase::Forward, progress, None);
         bench.second();
         verdict = verdict.or(bench.verdict());
