@@ -47,7 +47,10 @@ impl Trainer<'_> {
         }
         self.commit_abandoned(&job);
         match self.watch.dog().wait_for_leave(SAVING) {
-            Some(departure) if departure.complete => Ok(Outcome::Abandoned),
+            Some(departure) if departure.complete => {
+                self.stops.answered();
+                Ok(Outcome::Abandoned)
+            }
             Some(departure) => {
                 tracing::error!("the run ends without its last steps: {}", departure.detail);
                 Err(self.last_save_failed())
