@@ -79,8 +79,9 @@ fn two_shard_groups_of_two_hold_and_send_what_the_formulas_say() {
             ("reduce_bytes", json!(PADDED / 2 * 4)),
             ("gather_bytes", json!(PADDED / 2 * 4)),
             ("replicate_bytes", json!(PADDED / 2 * 4)),
-            // One of four numbers is summed here: three sent to be summed, the sum sent to three.
-            ("control_bytes", json!(6 * 8)),
+            // Two of six numbers are summed here: four sent to be summed, two sums sent to three.
+            ("control_bytes", json!(10 * 8)),
+            ("staging_bytes", json!(PADDED / 4 * 12)),
             ("fits", Value::Null),
             ("floor_seconds", Value::Null),
         ],

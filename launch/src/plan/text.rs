@@ -333,8 +333,7 @@ fn notes(report: &Report) -> String {
             grouped(frozen as u64)
         );
     }
-    text += "\nNot counted: the program and its libraries, the lanes' chunks under way, checkpoints \
-             being written.\n";
+    text += "\nNot counted: the program and its libraries, the lanes' chunks under way.\n";
     for (stage, config) in report.stages.iter().zip(&report.config.stages) {
         if report.fits(stage) == Some(false) {
             text += &format!(
