@@ -123,7 +123,8 @@ fn a_cluster_gives_memory_and_times() {
     // One sample is all that a rank has to compute in a step.
     assert_eq!(stage["largest_micro_batch_without_recompute"], 1);
     assert_eq!(stage["fits"], true);
-    let alone = json_of(&config, &["--cluster", &cluster, "--memory", "5MiB"]);
+    let direct = ["--set", "checkpoint.async=false", "--memory", "5MiB"];
+    let alone = json_of(&config, &[&["--cluster", &cluster], &direct[..]].concat());
     let stage = &alone["stages"][0];
     let largest = |key: &str| stage[key].as_u64().unwrap();
     let (without, with) = (
@@ -132,7 +133,7 @@ fn a_cluster_gives_memory_and_times() {
     );
     assert!(1 <= without && without <= with && with <= 4, "{stage}");
     let set = format!("stage.0.micro_batch={without}");
-    let fitting = json_of(&config, &["--memory", "5MiB", "--set", &set]);
+    let fitting = json_of(&config, &[&direct[..], &["--set", &set]].concat());
     assert_eq!(fitting["stages"][0]["fits"], true);
 }
 
@@ -223,7 +224,8 @@ fn what_cannot_run_is_refused() {
         ],
     )
     .refused(2, &["which has 3 ranks here"]);
-    plan(&config, &["--memory", "3MiB"]).refused(
+    let direct = ["--set", "checkpoint.async=false"];
+    plan(&config, &[&["--memory", "3MiB"], &direct[..]].concat()).refused(
         2,
         &[
             "stage \"short\": a rank needs ",
@@ -231,8 +233,10 @@ fn what_cannot_run_is_refused() {
             "what would fit: 2 ranks (",
         ],
     );
+    plan(&config, &["--memory", "4MiB"])
+        .refused(2, &["fit: checkpoint.async = false (3.", "2 ranks ("]);
     let deep = ["--set", "model.num_layers=12", "--memory", "9MiB"];
-    plan(&config, &[&["--ranks", "2"], &deep[..]].concat())
+    plan(&config, &[&["--ranks", "2"], &deep[..], &direct].concat())
         .refused(2, &["what would fit: zero_stage = 2 (", "4 ranks ("]);
     plan(&config, &["--memory", "1MiB"]).refused(2, &["it takes more memory or a smaller model"]);
     plan(&config, &["--memory", "24G"]).refused(2, &["`24G` is no size of memory", "24GiB"]);

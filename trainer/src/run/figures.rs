@@ -194,8 +194,8 @@ pub fn check_memory(
     )))
 }
 
-/// The nearest settings that fit, with what a rank then needs: more sharding on as many ranks, and
-/// more ranks.
+/// The nearest settings that fit, with what a rank then needs: saves that are not staged, more
+/// sharding on as many ranks, and more ranks.
 fn fitting(
     config: &Config,
     ranks: usize,
@@ -246,8 +246,17 @@ fn fitting(
             Some((way, needed(zero, size, ranks)?))
         })
     };
-    match (same_ranks, more_ranks) {
-        (None, None) => both().into_iter().collect(),
+    let direct = || {
+        let mut other = config.clone();
+        other.checkpoint.asynchronous = false;
+        let plan = RunPlan::new(&other, ranks, ranks_per_node.min(ranks)).ok()?;
+        let (_, needed) = plan.least(&other, dtype);
+        (needed <= memory).then(|| ("checkpoint.async = false".to_owned(), needed))
+    };
+    let direct = config.checkpoint.asynchronous.then(direct).flatten();
+    let others = match (same_ranks, more_ranks) {
+        (None, None) if direct.is_none() => both().into_iter().collect::<Vec<_>>(),
         (same, more) => same.into_iter().chain(more).collect(),
-    }
+    };
+    direct.into_iter().chain(others).collect()
 }
