@@ -4,13 +4,13 @@
 
 mod support;
 
-use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
-use serde_json::Value;
+use rustix::process::Signal;
+use support::runs::{
+    events, figures, losses, ranks_of, signal, wait_for_step, wait_until_gone, weights,
+};
 use support::{Fixture, TWO_STAGES, run, start, train};
 
 /// Steps of [`LONG`]: enough that a signal meets a run at work.
@@ -27,68 +27,8 @@ const LONG: [&str; 8] = [
 ];
 const SAVE_OFTEN: &str = "[checkpoint]\nevery_steps = 4\nkeep = 2\n";
 
-/// The figures of a run by step; of a step that was repeated the last, which is what counts.
-fn figures(run_dir: &Path) -> BTreeMap<u64, Value> {
-    let text = fs::read_to_string(run_dir.join("metrics.jsonl")).unwrap();
-    let records = text
-        .lines()
-        .filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    records
-        .map(|record| (record["step"].as_u64().unwrap(), record))
-        .collect()
-}
-
-fn losses(run_dir: &Path) -> Vec<f64> {
-    figures(run_dir)
-        .values()
-        .map(|record| record["loss"].as_f64().unwrap())
-        .collect()
-}
-
-/// The events of one kind.
-fn events(run_dir: &Path, kind: &str) -> Vec<Value> {
-    let text = fs::read_to_string(run_dir.join("events.jsonl")).unwrap();
-    let records = text
-        .lines()
-        .map(|line| serde_json::from_str::<Value>(line).unwrap());
-    records.filter(|record| record["event"] == kind).collect()
-}
-
-/// The last weights of a run, to the bit.
-fn weights(fixture: &Fixture, run_dir: &str) -> Vec<u8> {
-    let out = fixture.text(&format!("{run_dir}-hf"));
-    let _ = fs::remove_dir_all(&out);
-    run(&[
-        "convert",
-        "to-hf",
-        &fixture.text(run_dir),
-        &out,
-        "--dtype",
-        "fp32",
-    ])
-    .done();
-    fs::read(Path::new(&out).join("model.safetensors")).unwrap()
-}
-
-/// Waits until the run has taken `step` steps.
-fn wait_for_step(run_dir: &Path, step: usize) {
-    let began = Instant::now();
-    let steps = || fs::read_to_string(run_dir.join("metrics.jsonl")).unwrap_or_default();
-    while steps().lines().count() < step {
-        assert!(
-            began.elapsed() < Duration::from_secs(60),
-            "step {step} was not reached"
-        );
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
-
 fn arguments<'a>(command: &[&'a str], dir: &'a str) -> Vec<&'a str> {
     [command, &LONG, &["--set", dir]].concat()
-}
-
-fn signal(pid: u32, signal: Signal) {
-    kill_process(Pid::from_raw(pid as i32).unwrap(), signal).unwrap();
 }
 
 #[track_caller]
@@ -247,42 +187,6 @@ fn ranks_and_sharding_may_change_in_a_run() {
     for (step, (a, b)) in calm.iter().zip(&changed).enumerate() {
         let error = (b / a - 1.0).abs();
         assert!(error <= 1e-5, "loss of step {step} differs by {error:e}");
-    }
-}
-
-/// The processes that train with this config, with their rank.
-fn ranks_of(config: &Path) -> Vec<(u32, usize)> {
-    let config = config.canonicalize().unwrap();
-    let mut found = Vec::new();
-    for entry in fs::read_dir("/proc").unwrap().flatten() {
-        let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else {
-            continue;
-        };
-        let read = |name: &str| fs::read(entry.path().join(name)).unwrap_or_default();
-        let command = String::from_utf8_lossy(&read("cmdline")).into_owned();
-        let arguments: Vec<&str> = command.split('\0').collect();
-        if arguments.get(1) != Some(&"train") || !command.contains(config.to_str().unwrap()) {
-            continue;
-        }
-        let environment = String::from_utf8_lossy(&read("environ")).into_owned();
-        let rank = environment
-            .split('\0')
-            .find_map(|line| line.strip_prefix("OMPI_COMM_WORLD_RANK="))
-            .and_then(|rank| rank.parse().ok());
-        found.extend(rank.map(|rank| (pid, rank)));
-    }
-    found
-}
-
-fn wait_until_gone(config: &Path) {
-    let began = Instant::now();
-    while !ranks_of(config).is_empty() {
-        assert!(
-            began.elapsed() < Duration::from_secs(10),
-            "orphans: {:?}",
-            ranks_of(config)
-        );
-        std::thread::sleep(Duration::from_millis(50));
     }
 }
 

@@ -3,6 +3,8 @@
 
 #![allow(dead_code, clippy::unwrap_used, clippy::panic, clippy::expect_used)]
 
+pub mod runs;
+
 use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::fs;
