@@ -23,9 +23,7 @@
 
 use std::fmt;
 
-/// By these words, on rank 0's standard error, the watchdog says which rank is lost; the rank's
-/// number follows, and a reason.
-pub const LOST_MARK: &str = "watchdog: lost rank ";
+use oxitron_trainer::guard::watchdog::parse_verdict;
 
 /// Words of the error of a rank that leaves because another one, named before, has failed.
 const FOLLOWS_MARK: &str = " failed, see its log";
@@ -79,9 +77,7 @@ pub fn first_death(words: &str) -> Option<(usize, How)> {
 
 /// The rank that a line of the watchdog names as lost, and why.
 pub fn lost(line: &str) -> Option<(usize, String)> {
-    let (_, rest) = line.split_once(LOST_MARK)?;
-    let rank = leading_number(rest)?;
-    let reason = rest.trim_start_matches(|c: char| c.is_ascii_digit());
+    let (rank, reason) = parse_verdict(line)?;
     Some((rank, reason.trim().to_owned()))
 }
 
