@@ -11,7 +11,6 @@ use oxitron_trainer::config::Config;
 use oxitron_trainer::faults;
 use oxitron_trainer::metrics::logging;
 use oxitron_trainer::run::{self, Options, Outcome, Watch};
-use rustix::process::{Signal, getpid, kill_process};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 
 use crate::exit;
@@ -81,27 +80,30 @@ pub fn run(args: &TrainArgs) -> Result<ExitCode> {
     left?;
     Ok(match outcome {
         Outcome::Finished => ExitCode::SUCCESS,
-        Outcome::Stopped | Outcome::Abandoned => ExitCode::from(exit::STOPPED),
+        Outcome::Stopped => ExitCode::from(exit::STOPPED),
+        // The communication thread polls MPI to the last moment; what runs at an ordinary exit
+        // would take MPI and torch away under it.
+        Outcome::Abandoned => signal_hook::low_level::exit(exit::STOPPED.into()),
     })
 }
 
 /// Ends this process although some of its threads are stuck.
 fn end_process(verdict: &str) {
     tracing::error!("the run is lost: {verdict}");
-    std::thread::spawn(|| {
-        // What runs at an exit may wait for a thread that is stuck.
-        std::thread::sleep(std::time::Duration::from_secs(3));
-        let _ = kill_process(getpid(), Signal::KILL);
-    });
-    std::process::exit(1);
+    // What runs at an ordinary exit may wait for a thread that is stuck.
+    signal_hook::low_level::exit(1);
 }
 
 /// A flag that the first stop signal sets; the second ends the process.
 fn stop_on_signals() -> std::io::Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
+    // Others set `stop` as well. A scheduler signals all ranks, and a signal that comes after the
+    // request of another rank is still the first one here.
+    let signalled = Arc::new(AtomicBool::new(false));
     for signal in [SIGTERM, SIGINT, SIGUSR1] {
         // In this order: the handler that ends the process sees the flag of an earlier signal.
-        signal_hook::flag::register_conditional_shutdown(signal, 1, Arc::clone(&stop))?;
+        signal_hook::flag::register_conditional_shutdown(signal, 1, Arc::clone(&signalled))?;
+        signal_hook::flag::register(signal, Arc::clone(&signalled))?;
         signal_hook::flag::register(signal, Arc::clone(&stop))?;
     }
     Ok(stop)
