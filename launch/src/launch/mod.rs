@@ -27,7 +27,7 @@ use display::Display;
 
 /// Trains on several ranks: starts `oxitron train` once per rank through Open MPI's mpirun.
 ///
-/// The first Ctrl-C (or SIGTERM) asks the ranks to save and stop, the second kills them.
+/// The first Ctrl-C (or SIGTERM, or SIGUSR1) asks the ranks to save and stop, the second kills them.
 #[derive(Debug, clap::Args)]
 pub struct LaunchArgs {
     /// The config of the run (TOML)

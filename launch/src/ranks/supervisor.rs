@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use oxitron_trainer::comm::ABORT_MARK;
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 
 use super::leftover;
@@ -94,8 +94,8 @@ impl Failure {
     }
 }
 
-/// Requests to stop, of a person or of a scheduler: SIGINT and SIGTERM. From the first value on the
-/// two do not end this process any more.
+/// Requests to stop, of a person or of a scheduler: SIGINT, SIGTERM and SIGUSR1 (by which Slurm
+/// warns of a time limit). From the first value on they do not end this process any more.
 pub struct Requests {
     signals: Signals,
     seen: usize,
@@ -107,7 +107,8 @@ impl Requests {
     /// # Errors
     /// The system does not let signals be caught.
     pub fn watch() -> Result<Self> {
-        let signals = Signals::new([SIGINT, SIGTERM]).context("cannot watch for signals")?;
+        let signals =
+            Signals::new([SIGINT, SIGTERM, SIGUSR1]).context("cannot watch for signals")?;
         Ok(Self { signals, seen: 0 })
     }
 
