@@ -75,7 +75,9 @@ pub fn train(
 ) -> Result<Outcome, RunError> {
     let mut trainer = Trainer::open(config, comm, watch, options)?;
     let mut outcome = trainer.run();
-    if outcome.is_err() && watch.abandoning() {
+    // This rank may leave the step before it is known which state all ranks keep.
+    let given_up = matches!(outcome, Err(RunError::Abandoned));
+    if given_up || outcome.is_err() && watch.abandoning() {
         outcome = trainer.save_and_abandon();
     }
     trainer.close(&outcome);
@@ -149,6 +151,7 @@ impl<'a> Trainer<'a> {
             }
         }
         self.settle()?;
+        self.stops.answered();
         Ok(Outcome::Finished)
     }
 
