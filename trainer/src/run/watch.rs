@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::{RunError, ranks::Ranks};
-use crate::comm::Comm;
+use crate::comm::{Comm, Monitor};
 use crate::config::Config;
 use crate::guard::watchdog::{ExitHook, Hooks, Host, Invitation, Phase, Pulse, Settings, Watchdog};
 use crate::plan::Action;
@@ -15,6 +15,7 @@ use crate::plan::Action;
 pub struct Watch {
     watchdog: Watchdog,
     position: Arc<AtomicU64>,
+    monitor: Monitor,
 }
 
 impl Watch {
@@ -35,11 +36,11 @@ impl Watch {
         let settings = settings(config);
         let position = Arc::new(AtomicU64::new(0));
         let (monitor, at) = (comm.monitor(), Arc::clone(&position));
-        let waiting = comm.monitor();
+        let (waiting, own) = (comm.monitor(), comm.monitor());
         let hooks = Hooks {
             // In the step that is kept all ranks go on to its end, and so do its collectives.
             on_abandon: Arc::new(move |kept| {
-                if at.load(Ordering::Acquire) > kept {
+                if at.load(Ordering::SeqCst) > kept {
                     monitor.interrupt();
                 }
             }),
@@ -66,7 +67,11 @@ impl Watch {
             };
             ranks.together(join().map_err(RunError::from))?
         };
-        Ok(Self { watchdog, position })
+        Ok(Self {
+            watchdog,
+            position,
+            monitor: own,
+        })
     }
 
     /// Says goodbye: that this rank ends is no death.
@@ -91,8 +96,13 @@ impl Watch {
 
     /// Everything from here on belongs to step `step`.
     pub(super) fn enter(&self, step: u64) {
-        self.position.store(step, Ordering::Release);
+        self.position.store(step, Ordering::SeqCst);
         self.pulse().step(step);
+        // The step before was kept and is complete; what is between the two (a check, a save) the
+        // others will not take part in any more. Either this or `on_abandon` sees both.
+        if self.pulse().must_abandon(step) {
+            self.monitor.interrupt();
+        }
     }
 
     /// Something else begins, and everything goes well so far.

@@ -164,7 +164,7 @@ impl Pulse {
     /// still busy with the update *of* this step, because it got the result of the control
     /// reduction late, finishes that update first; see [`Pulse::must_abandon`].
     pub fn abandoned(&self) -> Option<u64> {
-        let step = self.abandoned.load(Ordering::Acquire);
+        let step = self.abandoned.load(Ordering::SeqCst);
         (step != NOT_ABANDONED).then_some(step)
     }
 
@@ -199,7 +199,7 @@ impl Pulse {
     /// that others have not, so that it cannot hold the state of `mark`.
     pub(super) fn abandon(&self, mark: Mark) -> bool {
         let gate = lock(&self.gate);
-        self.abandoned.store(mark.step, Ordering::Release);
+        self.abandoned.store(mark.step, Ordering::SeqCst);
         self.changed.notify_all();
         gate.submitted().beginnings == mark.beginnings
     }
