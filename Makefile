@@ -37,9 +37,11 @@ endif
 	tests/demo_test.sh
 	tests/docs_test.sh
 
-torture: setup ## a run killed 200 times while it saves, and 500 single-byte changes of a checkpoint
-	OXITRON_KILLS=200 OXITRON_FLIPS=500 cargo test $(CARGO_FLAGS) --workspace \
-		--features oxitron/faults --lib --test torture -- --nocapture torture flips
+torture: setup ## a run killed 200 times, mostly while it saves, and 500 changes of a checkpoint's bytes
+	OXITRON_FLIPS=500 cargo test $(CARGO_FLAGS) --workspace --features oxitron/faults \
+		--lib -- --nocapture every_changed_byte_is_detected_by_a_resume
+	OXITRON_KILLS=200 cargo test $(CARGO_FLAGS) --workspace --features oxitron/faults \
+		--test torture -- --nocapture
 
 check: setup ## formatting, lints, documentation links, licences
 	cargo fmt --all --check

@@ -1,1 +1,338 @@
-//! Runs that are killed again and again while they save.
+//! A run that is killed again and again, most of all while it saves, and loses nothing by it.
+//!
+//! Two ranks train two stages with a save after every step. The same run, undisturbed, is the truth.
+//! Then ranks or the launcher are killed: at every fault point of a save, and at random moments; the
+//! next attempt goes on, and is killed in its turn. After each one everything is looked at:
+//!
+//! - whatever has a manifest is whole, and holds what the undisturbed run had after that step, bit
+//!   for bit: weights, moments, the state of the data;
+//! - whatever was complete once, or was announced as durable, is there, or newer ones are in whose
+//!   favour it may go;
+//! - the next attempt goes on from exactly the newest complete one;
+//! - every step that any attempt has taken has the figures of the undisturbed run, bit for bit.
+//!
+//! `OXITRON_KILLS` is how many kills (20 otherwise), `OXITRON_SEED` draws others. A kill counts when
+//! the attempt has died of it.
+
+#![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used)]
+
+#[path = "torture/kills.rs"]
+mod kills;
+mod support;
+#[path = "torture/witness.rs"]
+mod witness;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant, SystemTime};
+
+use kills::{Kill, Random, Victim};
+use rustix::process::{Pid, Signal, kill_process};
+use support::{Fixture, Output, start_with};
+use witness::{KEEP, Truth, Witness};
+
+/// The second stage resets the optimizer: what has and has not happened at its beginning shows in
+/// every figure after it.
+const STAGES: &str = r#"
+[[stage]]
+name = "short"
+seq_len = 64
+steps = 5
+batch_tokens = 256
+
+[[stage]]
+name = "long"
+seq_len = 128
+rope_base = 40000.0
+optimizer = "reset"
+steps = 7
+batch_tokens = 256
+"#;
+/// `checkpoint.every_steps`; between them there are ephemeral ones.
+const EVERY_STEPS: u64 = 2;
+/// Of the kills at some moment, so many come before the run has begun for one that comes after.
+const OPENINGS: f64 = 0.2;
+
+fn from_environment(name: &str, otherwise: u64) -> u64 {
+    std::env::var(name).map_or(otherwise, |text| text.parse().unwrap())
+}
+
+#[test]
+fn ranks_killed_at_any_byte_lose_nothing() {
+    let count = from_environment("OXITRON_KILLS", 20) as usize;
+    let seed = from_environment("OXITRON_SEED", 0x5EED);
+    let torture = Torture::new();
+    println!("\n{count} kills, seed {seed}");
+    let mut random = Random(seed);
+    let mut made: BTreeMap<Kill, usize> = BTreeMap::new();
+    let mut runs = 1;
+    let mut witness = torture.begin(runs);
+    for (number, kill) in kills::draw(&mut random, count).into_iter().enumerate() {
+        let mut ease = 1;
+        loop {
+            let from = witness.newest();
+            let passed = kill.is_at_the_switch() && torture.is_behind_the_switch(from);
+            let done = from == torture.truth.steps();
+            if !passed && !done {
+                let blow = Blow::draw(kill, &mut random, torture.truth.steps() - from, ease);
+                let died = torture.attempt(&mut witness, Some(&blow));
+                println!(
+                    "{:4}  run {runs}  from step {from:2}  {}  {blow}",
+                    number + 1,
+                    if died { "killed" } else { "lived " }
+                );
+                if died {
+                    *made.entry(kill).or_default() += 1;
+                    break;
+                }
+                // It would have been later than the run's end.
+                ease *= 4;
+                assert!(ease < 1 << 16, "{kill} never happens");
+            }
+            // To the end, undisturbed, and on with another run.
+            torture.finish(&mut witness);
+            runs += 1;
+            witness = torture.begin(runs);
+        }
+    }
+    torture.finish(&mut witness);
+    println!("\nkills  where\n{}", kills::table(&made));
+    let total: usize = made.values().sum();
+    assert_eq!(total, count);
+    let hit = |point: &&str| {
+        made.keys()
+            .any(|kill| matches!(kill, Kill::Point(at, _) if at == point))
+    };
+    let points = kills::points();
+    let missed: Vec<_> = points.iter().filter(|point| !hit(point)).collect();
+    assert!(missed.is_empty() || count < 3 * points.len(), "{missed:?}");
+    println!(
+        "{total} kills in {runs} runs, {} of {} fault points; nothing was lost",
+        points.len() - missed.len(),
+        points.len()
+    );
+    println!("{{\"kills\":{total}}}");
+}
+
+/// A kill and when it comes.
+struct Blow {
+    kill: Kill,
+    /// Visits of the point before it.
+    visits: u64,
+    /// The moment, as a share of the time that the attempt takes; from its first event on;
+    /// below zero before that.
+    moment: f64,
+    /// Whether saves are written beside the steps.
+    asynchronous: bool,
+}
+
+impl Blow {
+    /// `ease` brings it forward so many times.
+    fn draw(kill: Kill, random: &mut Random, steps_left: u64, ease: u64) -> Self {
+        let visits = kill.visits_per_save() * steps_left.min(3);
+        Self {
+            kill,
+            visits: random.below(visits) / ease,
+            moment: (random.share() * (1.0 + OPENINGS) - OPENINGS) / ease as f64,
+            asynchronous: random.below(4) > 0,
+        }
+    }
+
+    fn failpoints(&self) -> Option<String> {
+        let Kill::Point(point, rank) = self.kill else {
+            return None;
+        };
+        let rank = rank.map_or(String::new(), |rank| format!("@{rank}"));
+        let before = match self.visits {
+            0 => String::new(),
+            visits => format!("{visits}*off->"),
+        };
+        Some(format!("{point}={before}1*return(kill{rank})"))
+    }
+}
+
+impl std::fmt::Display for Blow {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.failpoints() {
+            Some(points) => write!(f, "{points}"),
+            None => write!(f, "{} ({:+.2})", self.kill, self.moment),
+        }?;
+        f.write_str(if self.asynchronous {
+            ""
+        } else {
+            ", saving directly"
+        })
+    }
+}
+
+/// The fixture and the truth.
+struct Torture {
+    fixture: Fixture,
+    truth: Truth,
+    /// From the start of the launcher to the first event of a run.
+    opening: Duration,
+}
+
+impl Torture {
+    fn new() -> Self {
+        let fixture = Fixture::new();
+        fixture.config(STAGES);
+        let keep_all = ["checkpoint.every_steps=1", "checkpoint.keep=1000"];
+        let began = SystemTime::now();
+        launch(&fixture, "calm", &keep_all, "", |_| {}).done();
+        let truth = Truth::read(&fixture.path("calm"), 12);
+        let opening = truth.began.duration_since(began).unwrap();
+        Self {
+            fixture,
+            truth,
+            opening,
+        }
+    }
+
+    /// A new run.
+    fn begin(&self, number: usize) -> Witness {
+        Witness::new(self.fixture.path(&format!("run-{number}")))
+    }
+
+    /// Whether a run that goes on from this step does not enter the second stage any more.
+    fn is_behind_the_switch(&self, step: u64) -> bool {
+        step > 5
+    }
+
+    /// One attempt, with a look at the run afterwards; true if it died of `blow`.
+    fn attempt(&self, witness: &mut Witness, blow: Option<&Blow>) -> bool {
+        let dir = witness.dir().file_name().unwrap().to_str().unwrap();
+        let sets = [
+            format!("checkpoint.every_steps={EVERY_STEPS}"),
+            "checkpoint.ephemeral_every_steps=1".to_owned(),
+            format!("checkpoint.keep={KEEP}"),
+            format!(
+                "checkpoint.async={}",
+                blow.is_none_or(|blow| blow.asynchronous)
+            ),
+        ];
+        let failpoints = blow.and_then(Blow::failpoints).unwrap_or_default();
+        let mut hit = false;
+        let output = launch(&self.fixture, dir, &sets, &failpoints, |launcher| {
+            if let Some(&Blow {
+                kill: Kill::Moment(victim),
+                moment,
+                ..
+            }) = blow
+            {
+                hit = self.strike(witness, victim, moment, launcher);
+            }
+        });
+        let words = blow.map_or("undisturbed".to_owned(), ToString::to_string);
+        if let Some(Blow {
+            kill: Kill::Point(point, _),
+            ..
+        }) = blow
+        {
+            hit = output.stderr.contains(&format!("fault at {point}: kill"));
+        }
+        let died = output.code != Some(0);
+        assert!(
+            hit || !died,
+            "{words}: {}\n{}",
+            output.stdout,
+            output.stderr
+        );
+        self.wait_until_gone();
+        witness.look(&self.truth, &words);
+        if !died {
+            witness.assert_finished(&self.truth);
+        }
+        hit && died
+    }
+
+    /// Runs to the end.
+    fn finish(&self, witness: &mut Witness) {
+        self.attempt(witness, None);
+        witness.assert_finished(&self.truth);
+    }
+
+    /// Waits for the moment and kills; false when the victim had gone before.
+    fn strike(&self, witness: &Witness, victim: Victim, moment: f64, launcher: u32) -> bool {
+        let began = Instant::now();
+        let alive = || Path::new(&format!("/proc/{launcher}/exe")).exists();
+        if moment < 0.0 {
+            std::thread::sleep(self.opening.mul_f64(1.0 + moment / OPENINGS));
+        } else {
+            while !witness.has_begun() && alive() {
+                assert!(
+                    began.elapsed() < Duration::from_secs(60),
+                    "it does not begin"
+                );
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            let left = 1.0 - witness.newest() as f64 / self.truth.steps() as f64;
+            std::thread::sleep(self.truth.length.mul_f64(left * moment));
+        }
+        let ranks = ranks_of(&self.fixture.path("config.toml"));
+        let victims: Vec<u32> = match victim {
+            Victim::Launcher => vec![launcher],
+            Victim::AllRanks => ranks.iter().map(|&(pid, _)| pid).collect(),
+            Victim::Rank(wanted) => ranks
+                .iter()
+                .filter(|&&(_, rank)| rank == wanted)
+                .map(|&(pid, _)| pid)
+                .collect(),
+        };
+        let kill =
+            |pid: u32| kill_process(Pid::from_raw(pid as i32).unwrap(), Signal::KILL).is_ok();
+        victims.into_iter().fold(false, |hit, pid| kill(pid) || hit)
+    }
+
+    /// The kernel kills ranks with their launcher, but not at once.
+    fn wait_until_gone(&self) {
+        let began = Instant::now();
+        while !ranks_of(&self.fixture.path("config.toml")).is_empty() {
+            assert!(began.elapsed() < Duration::from_secs(10), "orphans");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+/// Runs `oxitron launch` on two ranks; `meanwhile` gets the launcher's process.
+fn launch(
+    fixture: &Fixture,
+    dir: &str,
+    sets: &[impl AsRef<str>],
+    failpoints: &str,
+    meanwhile: impl FnOnce(u32),
+) -> Output {
+    let config = fixture.text("config.toml");
+    let dir = format!("run.dir={dir}");
+    let mut words = vec!["launch", &config, "--ranks", "2", "--set", &dir];
+    words.extend(sets.iter().flat_map(|set| ["--set", set.as_ref()]));
+    let running = start_with(&words, &[("FAILPOINTS", failpoints)]);
+    meanwhile(running.child.id());
+    running.wait()
+}
+
+/// The processes that train by this config, with their rank.
+fn ranks_of(config: &Path) -> Vec<(u32, usize)> {
+    let config = config.canonicalize().unwrap();
+    let rank = |folder: &Path| {
+        let words = |name: &str| {
+            let bytes = fs::read(folder.join(name)).unwrap_or_default();
+            String::from_utf8_lossy(&bytes).into_owned()
+        };
+        let command = words("cmdline");
+        let ours = command.split('\0').nth(1) == Some("train")
+            && command.contains(config.to_str().unwrap());
+        let environment = ours.then(|| words("environ"))?;
+        let rank = environment
+            .split('\0')
+            .find_map(|line| line.strip_prefix("OMPI_COMM_WORLD_RANK="));
+        rank?.parse().ok()
+    };
+    let entries = fs::read_dir("/proc").unwrap().flatten();
+    let found = entries.filter_map(|entry| {
+        let pid = entry.file_name().to_str()?.parse().ok()?;
+        Some((pid, rank(&entry.path())?))
+    });
+    found.collect()
+}

@@ -36,6 +36,8 @@
 //!   `create_folder`, `create_file`, `write`, `sync_file`, `rename`, `remove_file`, `remove_folder`,
 //!   `sync_folder`; and `disk::write::within`, where half of the bytes are written. An error *after*
 //!   is of an operation that has taken place.
+//! - `stage::begin::before` and `::after` where a stage that follows another is entered: before its
+//!   data and optimizer are set up, and when they are.
 //! - The step loop places others with [`at`].
 
 use std::io;

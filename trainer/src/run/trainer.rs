@@ -198,6 +198,7 @@ impl<'a> Trainer<'a> {
         let config = self.config;
         let stage = &config.stages[index];
         if index > 0 && self.progress.step_in_stage == 0 {
+            faults::at("stage::begin::before");
             self.admit_new_files()?;
             let (cursor, dropped) = self.progress.cursor.next_stage(&self.dataset)?;
             tracing::info!(
@@ -215,6 +216,7 @@ impl<'a> Trainer<'a> {
             }
             // Another length of context is another level of the loss.
             self.spikes.clear();
+            faults::at("stage::begin::after");
         }
         let feed = Feed::new(
             &self.dataset,

@@ -104,6 +104,7 @@ fn every_changed_byte_is_detected_by_a_resume() {
     // All three have something to find.
     assert_eq!(found.len(), 3, "{found:?}");
     assert_eq!(found.values().sum::<usize>(), flips);
+    println!("{{\"flips\":{flips}}}");
 }
 
 /// A rank reads the chunks that hold its elements, each once, and no others; what no rank reads is
