@@ -38,7 +38,7 @@ const STAGES: &str = r#"
 [[stage]]
 name = "short"
 seq_len = 64
-steps = 5
+steps = 7
 batch_tokens = 256
 
 [[stage]]
@@ -46,9 +46,12 @@ name = "long"
 seq_len = 128
 rope_base = 40000.0
 optimizer = "reset"
-steps = 7
+steps = 11
 batch_tokens = 256
 "#;
+/// The last step, and the last one of the first stage.
+const STEPS: u64 = 18;
+const SWITCH: u64 = 7;
 /// `checkpoint.every_steps`; between them there are ephemeral ones.
 const EVERY_STEPS: u64 = 2;
 /// Of the kills at some moment, so many come before the run has begun for one that comes after.
@@ -181,7 +184,7 @@ impl Torture {
         let keep_all = ["checkpoint.every_steps=1", "checkpoint.keep=1000"];
         let began = SystemTime::now();
         launch(&fixture, "calm", &keep_all, "", |_| {}).done();
-        let truth = Truth::read(&fixture.path("calm"), 12);
+        let truth = Truth::read(&fixture.path("calm"), STEPS);
         let opening = truth.began.duration_since(began).unwrap();
         Self {
             fixture,
@@ -197,7 +200,7 @@ impl Torture {
 
     /// Whether a run that goes on from this step does not enter the second stage any more.
     fn is_behind_the_switch(&self, step: u64) -> bool {
-        step > 5
+        step > SWITCH
     }
 
     /// One attempt, with a look at the run afterwards; true if it died of `blow`.

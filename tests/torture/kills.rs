@@ -81,6 +81,7 @@ impl Kill {
             Some("create_file" | "sync_file" | "rename" | "sync_folder") if leads => 6,
             Some("create_file" | "sync_file" | "rename" | "sync_folder") => 2,
             Some("remove_file") => 6,
+            _ if self.is_at_the_switch() => 0,
             _ => 1,
         }
     }
