@@ -314,11 +314,11 @@ impl Heard {
         if status.success() {
             return Ending::Done;
         }
-        if requests > 1 {
-            return Ending::Killed;
-        }
         if status.code() == Some(STOPPED) {
             return Ending::Stopped;
+        }
+        if requests > 1 {
+            return Ending::Killed;
         }
         let verdict = first_death(&self.mpirun);
         let (rank, how) = match (self.lost.take(), verdict) {

@@ -152,7 +152,11 @@ mod tests {
     #[test]
     fn a_rank_that_follows_another_names_it() {
         use oxitron_trainer::run::RunError;
-        let error = RunError::OtherRank { rank: 13 }.to_string();
+        let error = RunError::OtherRank {
+            rank: 13,
+            usage: false,
+        }
+        .to_string();
         assert_eq!(followed(&format!("oxitron: {error}")), Some(13));
         assert_eq!(followed("oxitron: no rank failed"), None);
     }

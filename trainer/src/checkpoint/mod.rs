@@ -95,6 +95,6 @@ pub use manifest::{
     ScheduleState, SkippedRange, SpecialTokens, StageMark, StateEntry, TensorEntry,
 };
 pub use open::Checkpoint;
-pub use retention::{Retention, delete, retain, retire};
+pub use retention::{Retention, delete, retain, retire, set_aside};
 pub use save::{Attachment, Committed, Waiting, commit, missing_parts, save_part};
 pub use write::{PartSummary, PartWriter, PieceData, PieceSpec};

@@ -109,6 +109,32 @@ pub fn retire(dir: &Path, after_step: u64) -> Result<Vec<PathBuf>, Error> {
     Ok(deleted)
 }
 
+/// Takes a checkpoint whose payload is damaged out of the run: its folder gets the name
+/// `damaged-step-…` and stays as evidence. Under its own name it would look valid to whoever does not
+/// read its payload, and newer than the checkpoints that the run goes on to write.
+///
+/// # Errors
+/// A folder that cannot be renamed.
+pub fn set_aside(dir: &Path) -> Result<PathBuf, Error> {
+    let name = dir.file_name().unwrap_or_default().to_string_lossy();
+    let free = |number: usize| {
+        let suffix = if number == 0 {
+            String::new()
+        } else {
+            format!("-{number}")
+        };
+        dir.with_file_name(format!("damaged-{name}{suffix}"))
+    };
+    let mut number = 0;
+    while free(number).exists() {
+        number += 1;
+    }
+    let aside = free(number);
+    disk::rename(dir, &aside)?;
+    sync_parent(&aside)?;
+    Ok(aside)
+}
+
 /// Deletes a checkpoint. The manifest goes first, durably: a deletion cut short leaves a folder that
 /// is no checkpoint, never a checkpoint that lacks files.
 ///

@@ -83,5 +83,13 @@ pub enum Error {
     Start(String),
 }
 
+impl Error {
+    /// Whether nothing failed but the patience of whoever called `Monitor::interrupt`.
+    #[must_use]
+    pub fn is_interrupted(&self) -> bool {
+        matches!(self, Self::Interrupted { .. })
+    }
+}
+
 /// A result of the communication layer.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

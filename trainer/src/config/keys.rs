@@ -247,7 +247,8 @@ pub(super) const GUARD: &[Key] = &[
     key("max_rollbacks", Integer(0, 1 << 20), Is("5"), "per run",
         "The most times that the run goes back by itself; one more ends it."),
     key("start_timeout", TimeSpan, Is("\"30m\""), "",
-        "The longest time from the start of a rank to the end of its first step."),
+        "The longest time in which a rank makes no progress before its first step, and where a stage \
+         begins: it loads weights and looks through data."),
     key("hang_timeout", TimeSpan, Is("\"10m\""), "",
         "The longest time in which a rank makes no progress (an action of a step, of a validation, \
          bytes of a save); then it counts as hung. Longer than the longest action."),

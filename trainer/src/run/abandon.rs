@@ -5,12 +5,12 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use super::{RunError, saver::SaveJob, trainer::Outcome, trainer::Trainer};
-use crate::checkpoint::{self, Purpose};
+use crate::checkpoint::{self, Checkpoint, Purpose};
 
 /// How long the ranks may take to leave the step.
 const LEAVING: Duration = Duration::from_secs(60);
 /// How long they may take to save, and rank 0 to commit.
-const SAVING: Duration = Duration::from_secs(1800);
+pub(super) const SAVING: Duration = Duration::from_secs(1800);
 
 impl Trainer<'_> {
     /// Saves the state after the last complete step, the same on every rank, and waits until all
@@ -21,9 +21,10 @@ impl Trainer<'_> {
     pub(super) fn save_and_abandon(&mut self) -> Result<Outcome, RunError> {
         let dog = self.watch.dog();
         let step = dog.pulse().wait_for_abandon(LEAVING);
-        let Some(step) = step.filter(|&step| step == self.progress.step) else {
+        let whole = |step: &u64| *step == self.progress.step && !self.torn;
+        let Some(step) = step.filter(whole) else {
             let found = self.progress.step;
-            let reason = format!("it holds the state after step {found}");
+            let reason = format!("it holds another state, near that after step {found}");
             dog.save_failed(step.unwrap_or(found), &reason);
             return Err(self.last_save_failed());
         };
@@ -66,10 +67,28 @@ impl Trainer<'_> {
             checkpoint::discard(&job.folder, &job.save_id);
             return;
         }
+        if self.is_saved(job) {
+            // By a save that was under way, or before this attempt; it may stay for longer.
+            checkpoint::discard(&job.folder, &job.save_id);
+            self.watch.dog().committed(Ok(()));
+            return;
+        }
         let result = job.commit(commit, &AtomicBool::new(false));
         let reason = result.as_ref().err().map(ToString::to_string);
+        let complete = result.is_ok();
         self.note_end(job.end(result));
         let committed = reason.as_deref().map_or(Ok(()), Err);
         self.watch.dog().committed(committed);
+        if complete {
+            job.retain(commit);
+        }
+    }
+
+    /// Whether there is a checkpoint of this state already.
+    fn is_saved(&self, job: &SaveJob) -> bool {
+        Checkpoint::open(&job.folder).is_ok_and(|found| {
+            let meta = found.meta();
+            (meta.run_id.as_str(), meta.step) == (self.run_id.as_str(), job.step)
+        })
     }
 }

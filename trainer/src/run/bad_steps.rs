@@ -4,12 +4,16 @@
 use std::ops::Range;
 
 use super::{
-    RunError, control::Agreement, feed::StepData, open::open_dataset, restore::read_state,
+    RunError,
+    control::Agreement,
+    feed::StepData,
+    open::open_dataset,
+    restore::{read_state, set_aside},
     trainer::Trainer,
 };
 use crate::checkpoint::{self, Checkpoint, Scrutiny, SkippedRange};
 use crate::config::SpikePolicy;
-use crate::guard::{BadStep, Cause, Decision};
+use crate::guard::{BadStep, Cause, Decision, watchdog::Phase};
 use crate::metrics::Event;
 
 /// A checkpoint that the run can go back to.
@@ -32,7 +36,7 @@ impl Trainer<'_> {
         agreement: &Agreement,
         cause: Cause,
     ) -> Result<bool, RunError> {
-        let mut earlier = self.newest_before(u64::MAX)?;
+        let mut earlier = self.newest_before(self.progress.step)?;
         let bad = BadStep {
             step: self.progress.step,
             samples: data.samples.clone(),
@@ -114,11 +118,17 @@ impl Trainer<'_> {
         tracing::warn!("going back to {}: {bad}", folder.display());
         let opened = Checkpoint::open(&folder).map_err(RunError::from);
         let checkpoint = self.ranks.together(opened)?;
-        if let Some(reason) = read_state(&mut self.zero, &checkpoint, &self.ranks)? {
+        let watch = self.watch;
+        let alive = || watch.phase(Phase::Starting);
+        // From here until everything is taken over, tensors and counters are of different steps.
+        self.torn = true;
+        if let Some(reason) = read_state(&mut self.zero, &checkpoint, &self.ranks, alive)? {
+            set_aside(&self.ranks, checkpoint.dir())?;
             self.reject(target.step, reason);
             return Ok(false);
         }
         self.take_over(&checkpoint)?;
+        self.torn = false;
         self.progress.left_out.insert(leave_out.clone());
         let amended = self.abandon_later(&folder, target.step);
         self.ranks.together(amended)?;
@@ -140,12 +150,12 @@ impl Trainer<'_> {
         if !self.ranks.leads() {
             return Ok(());
         }
-        checkpoint::retire(&self.config.checkpoint.dir, step)?;
         let ours = self.manifest_meta()?;
         checkpoint::amend(folder, |meta| {
             meta.left_out = ours.left_out;
             meta.guard = ours.guard;
         })?;
+        checkpoint::retire(&self.config.checkpoint.dir, step)?;
         Ok(())
     }
 

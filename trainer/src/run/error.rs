@@ -107,6 +107,8 @@ pub enum RunError {
     OtherRank {
         /// The first rank that failed.
         rank: usize,
+        /// Its command line or configuration is at fault.
+        usage: bool,
     },
     /// The model.
     #[error(transparent)]
@@ -144,12 +146,26 @@ impl From<crate::guard::watchdog::Abandoned> for RunError {
 }
 
 impl RunError {
+    /// Whether it only says that the step under way is given up on all ranks.
+    pub(super) fn is_given_up(&self) -> bool {
+        match self {
+            Self::Abandoned => true,
+            Self::Comm(error) | Self::Zero(crate::zero::ZeroError::Comm(error)) => {
+                error.is_interrupted()
+            }
+            _ => false,
+        }
+    }
+
     /// Whether the command line or the configuration is at fault, and no data was opened: the
     /// process then exits with code 2.
     pub fn is_usage(&self) -> bool {
         matches!(
             self,
-            Self::Plan(_) | Self::Config(_) | Self::ConfigChanged { .. }
+            Self::Plan(_)
+                | Self::Config(_)
+                | Self::ConfigChanged { .. }
+                | Self::OtherRank { usage: true, .. }
         )
     }
 

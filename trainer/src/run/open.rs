@@ -11,7 +11,7 @@ use super::{
     plan::{RunPlan, dtype_of_this_machine, kind, wire},
     progress::Progress,
     ranks::Ranks,
-    restore::{initial_values, read_state, weights_alone},
+    restore::{initial_values, read_state, set_aside, weights_alone},
     saver::Saver,
     stops::Stops,
     trace::{self, Tracer},
@@ -22,7 +22,7 @@ use crate::checkpoint;
 use crate::comm::Comm;
 use crate::config::{Config, Dtype, ShardSize, SourceConfig, TimeSpan};
 use crate::faults;
-use crate::guard::{BadSteps, Spikes};
+use crate::guard::{BadSteps, Spikes, watchdog::Phase};
 use crate::metrics::units::{bytes, grouped};
 use crate::metrics::{self, Event, MetricsWriter};
 use crate::model::Decoder;
@@ -66,7 +66,7 @@ impl<'a> Trainer<'a> {
             decoder,
             zero,
             rejected,
-        } = Begun::new(config, comm, &ranks, &plan, options)?;
+        } = Begun::new(config, comm, watch, &ranks, &plan, options)?;
         let (run_id, attempt, began) = identify(config, &ranks, &origin)?;
         let open_metrics = |folder: &RunFolder| {
             folder.write_config(&config.resolved_toml()?)?;
@@ -82,7 +82,8 @@ impl<'a> Trainer<'a> {
             (&plan.units, &plan.map),
         );
         let time_limit = config.run.time_limit.map(TimeSpan::duration);
-        let stops = Stops::new(&options.stop, &config.run.dir, ranks.leads(), time_limit);
+        let limit = (watch.began(), time_limit);
+        let stops = Stops::new(&options.stop, &config.run.dir, ranks.leads(), limit);
         let stops = stops.map_err(RunError::io(
             &config.run.dir,
             "start a thread that looks for requests to stop in",
@@ -106,6 +107,7 @@ impl<'a> Trainer<'a> {
             saves: 0,
             save_failed: false,
             last_saved: None,
+            torn: false,
             spikes: Spikes::new(&config.guard),
             bad_steps: BadSteps::new(&config.guard),
             ranks,
@@ -189,6 +191,7 @@ impl Begun {
     fn new(
         config: &Config,
         comm: &Comm,
+        watch: &Watch,
         ranks: &Ranks,
         plan: &RunPlan,
         options: &Options,
@@ -197,7 +200,7 @@ impl Begun {
         loop {
             let before = rejected.last().map_or(u64::MAX, |(step, _)| *step);
             let origin = Origin::find(config, ranks, options, before)?;
-            if matches!(origin, Origin::Seed) && !rejected.is_empty() {
+            if !matches!(origin, Origin::Resume(_)) && !rejected.is_empty() {
                 // Damaged checkpoints are a loss, over which a run must not begin anew in silence.
                 return Err(RunError::NoneUsable {
                     dir: config.checkpoint.dir.clone(),
@@ -226,7 +229,9 @@ impl Begun {
             )?;
             let filled = match &origin {
                 Origin::Resume(checkpoint) => {
-                    if let Some(reason) = read_state(&mut zero, checkpoint, ranks)? {
+                    let alive = || watch.phase(Phase::Starting);
+                    if let Some(reason) = read_state(&mut zero, checkpoint, ranks, alive)? {
+                        set_aside(ranks, checkpoint.dir())?;
                         rejected.push((checkpoint.meta().step, reason));
                         continue;
                     }

@@ -4,6 +4,9 @@ use super::{RunError, control};
 use crate::comm::{Comm, Lane};
 use crate::zero::CommClock;
 
+/// How a rank tells the others that it fails because of the command line or the configuration.
+const USAGE: f64 = 2.0;
+
 /// A rank among all ranks of the run.
 #[derive(Debug)]
 pub(super) struct Ranks {
@@ -32,7 +35,11 @@ impl Ranks {
     /// succeeded would wait in the next collective for one that has gone.
     pub(super) fn together<T>(&self, mine: Result<T, RunError>) -> Result<T, RunError> {
         let mut failed = vec![0.0; self.ranks];
-        failed[self.rank] = f64::from(u8::from(mine.is_err()));
+        failed[self.rank] = match &mine {
+            Ok(_) => 0.0,
+            Err(error) if error.is_usage() => USAGE,
+            Err(_) => 1.0,
+        };
         // A rank that has failed reports its own reason, whatever becomes of the others.
         let failed = match control::sum(&self.world, &failed, &mut CommClock::default()) {
             Ok(failed) => failed,
@@ -40,7 +47,10 @@ impl Ranks {
         };
         let value = mine?;
         match failed.iter().position(|&failed| failed > 0.0) {
-            Some(rank) => Err(RunError::OtherRank { rank }),
+            Some(rank) => Err(RunError::OtherRank {
+                rank,
+                usage: failed[rank] == USAGE,
+            }),
             None => Ok(value),
         }
     }

@@ -1,9 +1,10 @@
 //! The state of a run from a checkpoint: when it starts, and when it goes back.
 
 use std::ops::Range;
+use std::path::Path;
 
 use super::{RunError, progress::Progress, ranks::Ranks, trainer::Trainer};
-use crate::checkpoint::{Checkpoint, StateKind};
+use crate::checkpoint::{self, Checkpoint, StateKind};
 use crate::metrics::Event;
 use crate::plan::Action;
 use crate::zero::{InitialValues, Zero, ZeroError};
@@ -13,7 +14,7 @@ const STATES: [StateKind; 3] = [StateKind::Master, StateKind::ExpAvg, StateKind:
 
 /// Reads this rank's elements of all state, and on the leader what nobody else reads: together the
 /// ranks have then compared every byte of the checkpoint with its checksum. Returns what is wrong
-/// with it on any rank; the state is unspecified then.
+/// with it on any rank; the state is unspecified then. `alive` is called again and again.
 ///
 /// # Errors
 /// What has nothing to do with the checkpoint.
@@ -21,10 +22,14 @@ pub(super) fn read_state(
     zero: &mut Zero,
     checkpoint: &Checkpoint,
     ranks: &Ranks,
+    alive: impl Fn(),
 ) -> Result<Option<String>, RunError> {
-    let read = zero.load(|spec, state, range, out| checkpoint.read(&spec.name, state, range, out));
+    let read = zero.load(|spec, state, range, out| {
+        alive();
+        checkpoint.read(&spec.name, state, range, out)
+    });
     let rest = match &read {
-        Ok(()) if ranks.leads() => checkpoint.verify_rest(&STATES, &mut |_, _| {}),
+        Ok(()) if ranks.leads() => checkpoint.verify_rest(&STATES, &mut |_, _| alive()),
         _ => Ok(()),
     };
     let damage = match (read, rest) {
@@ -43,6 +48,21 @@ pub(super) fn read_state(
     let sound = ranks.all(damage.is_none())?;
     let elsewhere = || "another rank found it damaged, see its log".to_owned();
     Ok((!sound).then(|| damage.unwrap_or_else(elsewhere)))
+}
+
+/// Takes a checkpoint that a rank has found damaged out of the run, on the leader.
+pub(super) fn set_aside(ranks: &Ranks, dir: &Path) -> Result<(), RunError> {
+    let moved = if ranks.leads() {
+        checkpoint::set_aside(dir).map(|aside| {
+            tracing::error!(
+                "the damaged checkpoint lies in {} now; an older one is tried",
+                aside.display()
+            );
+        })
+    } else {
+        Ok(())
+    };
+    ranks.together(moved.map_err(RunError::from))
 }
 
 /// Fills weights from the seed.

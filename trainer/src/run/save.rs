@@ -1,6 +1,7 @@
 //! When a run saves, and what becomes of it.
 
 use std::path::Path;
+use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use super::{
@@ -52,9 +53,18 @@ impl Trainer<'_> {
         }
         let traced_from = self.tracer.begin();
         self.watch.phase(Phase::Save);
+        if flags.saving {
+            // All ranks know of it, and the leader cannot know that a part will never come.
+            self.end_parts()?;
+        }
         self.await_save();
+        // That belongs to the save before, which has ended everywhere.
+        self.save_failed = false;
+        self.last_saved = None;
         let job = self.save_job(purpose)?;
-        match self.saver.take_staging() {
+        self.remove_stale(&job);
+        let staging = self.saver.take_staging();
+        match staging.filter(|_| self.config.checkpoint.asynchronous) {
             Some(mut staging) => {
                 let began = Instant::now();
                 self.zero.stage(&mut staging)?;
@@ -72,6 +82,10 @@ impl Trainer<'_> {
                 });
                 self.saver.start(job, staging);
             }
+            None if self.config.checkpoint.asynchronous => {
+                let part = job.finish_part(Err(job.writer_is_gone()));
+                self.note_end(job.end(job.conclude(part, &AtomicBool::new(true))));
+            }
             None => self.save_directly(&job)?,
         }
         self.tracer.note("save", traced_from);
@@ -83,14 +97,8 @@ impl Trainer<'_> {
         let written = self.write_units(job);
         let part = job.finish_part(written);
         let everywhere = self.ranks.all(part.is_ok())?;
-        let result = match (&job.commit, part) {
-            (Some(commit), Ok(_)) => {
-                let given_up = (!everywhere).into();
-                job.commit(commit, &given_up)
-            }
-            (_, part) => part,
-        };
-        self.note_end(job.end(result));
+        let given_up = (!everywhere).into();
+        self.note_end(job.end(job.conclude(part, &given_up)));
         Ok(())
     }
 
@@ -102,6 +110,7 @@ impl Trainer<'_> {
         let all = self.zero.pieces(0..self.zero.units());
         let mut writer = job.part(all.iter().map(spec))?;
         for unit in 0..self.zero.units() {
+            self.watch.phase(Phase::Save);
             let mut staging = self.zero.staging(unit..unit + 1).map_err(of_zero)?;
             self.zero.stage(&mut staging).map_err(of_zero)?;
             let write = |values: &[f32]| writer.write(values).map_err(PartError::Checkpoint);
@@ -201,16 +210,40 @@ impl Trainer<'_> {
         self.last_saved = Some(step);
     }
 
-    /// Waits until the last save is durable. All ranks call it, before they leave.
-    ///
-    /// # Errors
-    /// [`RunError::LastSave`] when it could not be written.
-    pub(super) fn settle(&mut self) -> Result<(), RunError> {
+    /// Waits until the parts of the save under way are there on all ranks, or gives it up. All
+    /// ranks call it.
+    fn end_parts(&mut self) -> Result<(), RunError> {
         let watch = self.watch;
         let mine = self.saver.wait_for_part(|| watch.phase(Phase::Save));
         if !self.ranks.all(mine)? {
             self.saver.give_up();
         }
+        Ok(())
+    }
+
+    /// Ends the save under way when the run ends with an error that all ranks have.
+    pub(super) fn end_saves(&mut self) {
+        match self.end_parts() {
+            Ok(()) => self.await_save(),
+            Err(error) => tracing::error!("the save under way is lost: {error}"),
+        }
+    }
+
+    /// On the leader: what failed saves have left goes before the next one needs the room.
+    fn remove_stale(&self, job: &SaveJob) {
+        if let (true, Some(checkpoints)) = (self.ranks.leads(), job.folder.parent())
+            && let Err(error) = checkpoint::remove_stale(checkpoints, Some(&job.folder))
+        {
+            tracing::warn!("saves that did not finish cannot be removed: {error}");
+        }
+    }
+
+    /// Waits until the last save is durable. All ranks call it, before they leave.
+    ///
+    /// # Errors
+    /// [`RunError::LastSave`] when it could not be written.
+    pub(super) fn settle(&mut self) -> Result<(), RunError> {
+        self.end_parts()?;
         self.await_save();
         // A run that was done when it started saves nothing.
         let durable = self.saves == 0 || self.last_saved == Some(self.progress.step);

@@ -8,7 +8,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
 use crate::checkpoint::{
@@ -123,10 +123,12 @@ impl Saver {
 
     /// Whether a save is under way.
     pub(super) fn busy(&mut self) -> bool {
-        if self.under_way.is_some()
-            && let Ok((staging, saved)) = self.ends.try_recv()
-        {
-            self.end(staging, saved);
+        if self.under_way.is_some() {
+            match self.ends.try_recv() {
+                Ok((staging, saved)) => self.end(staging, saved),
+                Err(TryRecvError::Empty) => {}
+                Err(TryRecvError::Disconnected) => self.lose(),
+            }
         }
         self.under_way.is_some()
     }
@@ -165,9 +167,12 @@ impl Saver {
     /// progress.
     pub(super) fn wait(&mut self, alive: impl Fn()) -> Option<Saved> {
         self.wait_for_part(&alive);
+        let began = Instant::now();
         while let Some(under_way) = &self.under_way {
             // How long the leader waits for the others has a limit of its own.
-            alive();
+            if began.elapsed() < PARTS_TIMEOUT {
+                alive();
+            }
             match self.ends.recv_timeout(LOOK) {
                 Ok((staging, saved)) => self.end(staging, saved),
                 // Another rank, with nothing to wait for, may be steps ahead, where the step loop
@@ -177,19 +182,17 @@ impl Saver {
                         self.give_up();
                     }
                 }
-                Err(RecvTimeoutError::Disconnected) => {
-                    let job = under_way.job.clone();
-                    let panicked = "the thread that writes checkpoints has panicked; please report \
-                                    the message on standard error";
-                    self.under_way = None;
-                    self.ended = Some(job.end(Err(checkpoint::Error::Save {
-                        dir: job.folder.clone(),
-                        detail: panicked.to_owned(),
-                    })));
-                }
+                Err(RecvTimeoutError::Disconnected) => self.lose(),
             }
         }
         self.ended.take()
+    }
+
+    /// The writer is gone, with what it was writing.
+    fn lose(&mut self) {
+        if let Some(UnderWay { job, .. }) = self.under_way.take() {
+            self.ended = Some(job.end(Err(job.writer_is_gone())));
+        }
     }
 
     fn end(&mut self, staging: Staging, saved: Saved) {
@@ -240,11 +243,24 @@ impl SaveJob {
         let part = self.write_staged(staging, written);
         // Nobody may be listening: only the last save of a run is waited for.
         let _ = link.part.send(part.is_ok());
-        let bytes = part?;
-        match &self.commit {
-            Some(commit) => self.commit(commit, &link.given_up),
-            None => Ok(bytes),
+        self.conclude(part, &link.given_up)
+    }
+
+    /// What follows this rank's part: on the leader the commit, or the end of the whole save.
+    pub(super) fn conclude(
+        &self,
+        part: Result<u64, checkpoint::Error>,
+        given_up: &AtomicBool,
+    ) -> Result<u64, checkpoint::Error> {
+        let Some(commit) = &self.commit else {
+            return part;
+        };
+        let whole = part.and_then(|_| self.commit(commit, given_up));
+        match &whole {
+            Ok(_) => self.retain(commit),
+            Err(_) => checkpoint::discard(&self.folder, &self.save_id),
         }
+        whole
     }
 
     fn write_staged(
@@ -291,7 +307,7 @@ impl SaveJob {
         (0..self.ranks).any(|rank| self.note_of_failure(rank).exists())
     }
 
-    /// Makes the parts a checkpoint, and lets old ones go.
+    /// Makes the parts a checkpoint.
     pub(super) fn commit(
         &self,
         commit: &CommitJob,
@@ -304,17 +320,28 @@ impl SaveJob {
             &commit.meta,
             &commit.attachments,
             Waiting::until_cancelled(PARTS_TIMEOUT, given_up),
-        );
-        let committed = committed.inspect_err(|_| {
-            checkpoint::discard(&self.folder, &self.save_id);
-        })?;
+        )?;
+        Ok(committed.bytes)
+    }
+
+    /// Lets old checkpoints go, now that there is this one.
+    pub(super) fn retain(&self, commit: &CommitJob) {
         let checkpoints = self.folder.parent().unwrap_or(&self.folder);
         let kept = checkpoint::retain(checkpoints, &commit.retention, Scrutiny::Structure);
         if let Err(error) = kept {
             // The new checkpoint is there all the same.
             tracing::warn!("old checkpoints cannot be removed: {error}");
         }
-        Ok(committed.bytes)
+    }
+
+    /// Why a save fails that has nobody to write it.
+    pub(super) fn writer_is_gone(&self) -> checkpoint::Error {
+        let panicked = "the thread that writes checkpoints has panicked; please report the message \
+                        on standard error";
+        checkpoint::Error::Save {
+            dir: self.folder.clone(),
+            detail: panicked.to_owned(),
+        }
     }
 
     /// The end of the save.

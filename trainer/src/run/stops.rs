@@ -48,7 +48,7 @@ impl Conditions {
 }
 
 impl Stops {
-    /// For a rank that starts now; the leader looks for the file.
+    /// For a rank that began at `began`, which the limit counts from; the leader looks for the file.
     ///
     /// # Errors
     /// When no thread can be started.
@@ -56,13 +56,13 @@ impl Stops {
         flag: &Arc<AtomicBool>,
         run_dir: &Path,
         leads: bool,
-        limit: Option<Duration>,
+        (began, limit): (Instant, Option<Duration>),
     ) -> std::io::Result<Self> {
         let file = leads.then(|| run_dir.join(STOP_FILE));
         let conditions = Conditions {
             file: file.clone(),
             limit,
-            began: Instant::now(),
+            began,
         };
         let reason = Arc::new(OnceLock::new());
         let thread = if file.is_some() || limit.is_some() {
@@ -148,7 +148,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let flag = Arc::new(AtomicBool::new(false));
         let limit = Some(Duration::from_millis(20));
-        let stops = Stops::new(&flag, folder.path(), false, limit).unwrap();
+        let stops = Stops::new(&flag, folder.path(), false, (Instant::now(), limit)).unwrap();
         wait_for(&stops);
         assert!(stops.reason().unwrap().contains("time_limit"));
         stops.answered();
@@ -158,7 +158,7 @@ mod tests {
     fn a_file_asks_the_leader_once() {
         let folder = tempfile::tempdir().unwrap();
         let flag = Arc::new(AtomicBool::new(false));
-        let stops = Stops::new(&flag, folder.path(), true, None).unwrap();
+        let stops = Stops::new(&flag, folder.path(), true, (Instant::now(), None)).unwrap();
         assert!(!stops.requested());
         let file = folder.path().join("stop");
         std::fs::write(&file, "").unwrap();
@@ -172,7 +172,7 @@ mod tests {
     fn a_signal_has_no_reason_to_give() {
         let folder = tempfile::tempdir().unwrap();
         let flag = Arc::new(AtomicBool::new(false));
-        let stops = Stops::new(&flag, folder.path(), false, None).unwrap();
+        let stops = Stops::new(&flag, folder.path(), false, (Instant::now(), None)).unwrap();
         flag.store(true, Ordering::Relaxed);
         assert!(stops.requested() && stops.reason().is_none());
     }

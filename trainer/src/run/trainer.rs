@@ -75,10 +75,13 @@ pub fn train(
 ) -> Result<Outcome, RunError> {
     let mut trainer = Trainer::open(config, comm, watch, options)?;
     let mut outcome = trainer.run();
-    // This rank may leave the step before it is known which state all ranks keep.
-    let given_up = matches!(outcome, Err(RunError::Abandoned));
-    if given_up || outcome.is_err() && watch.abandoning() {
-        outcome = trainer.save_and_abandon();
+    match &outcome {
+        // This rank may leave the step before it is known which state all ranks keep.
+        Err(error) if error.is_given_up() => outcome = trainer.save_and_abandon(),
+        Err(error) if watch.abandoning() => watch.cannot_save(&error.to_string()),
+        // All ranks are here; what they began to save is worth having.
+        Err(RunError::BadSteps(_) | RunError::ReplicasDiffer { .. }) => trainer.end_saves(),
+        _ => {}
     }
     trainer.close(&outcome);
     outcome
@@ -111,6 +114,8 @@ pub(super) struct Trainer<'a> {
     pub(super) save_failed: bool,
     /// The step whose save was the last to do well on this rank.
     pub(super) last_saved: Option<u64>,
+    /// The run is going back to a checkpoint: its state is no state of any step.
+    pub(super) torn: bool,
     pub(super) spikes: Spikes,
     pub(super) bad_steps: BadSteps,
     /// The leader holds the run directory and writes the figures.
@@ -197,6 +202,8 @@ impl<'a> Trainer<'a> {
         let index = self.progress.stage;
         let config = self.config;
         let stage = &config.stages[index];
+        // New files are read through, which takes as long as a start.
+        self.watch.phase(Phase::Starting);
         if index > 0 && self.progress.step_in_stage == 0 {
             faults::at("stage::begin::before");
             self.admit_new_files()?;
@@ -313,15 +320,15 @@ impl<'a> Trainer<'a> {
         }
         .run(&stage.actions)?;
         self.hear(report.agreement.flags);
+        let busy = began.elapsed().saturating_sub(report.comm.exposed);
+        self.watch.done(busy.as_secs_f64());
         self.advance(stage, &data, report.verdict);
-        // The state after this step is complete here; nothing that follows can change it.
+        // The tensors and counters of this step are complete here.
         self.watch.enter(number + 1);
         self.record(stage, &data, &report, lr, began.elapsed().as_secs_f64())?;
         let (zero, activations) = (&mut self.zero, &mut stage.activations);
         self.tracer
             .leave(number, began, &report.comm, zero, activations);
-        let busy = began.elapsed().saturating_sub(report.comm.exposed);
-        self.watch.done(busy.as_secs_f64());
         self.report_slow_ranks();
         let went_back = match report.verdict {
             Verdict::Update { .. } => false,

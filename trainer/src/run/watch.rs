@@ -3,8 +3,9 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
 
-use super::{RunError, ranks::Ranks};
+use super::{RunError, abandon::SAVING, ranks::Ranks};
 use crate::comm::{Comm, Monitor};
 use crate::config::Config;
 use crate::guard::watchdog::{ExitHook, Hooks, Host, Invitation, Phase, Pulse, Settings, Watchdog};
@@ -16,6 +17,7 @@ pub struct Watch {
     watchdog: Watchdog,
     position: Arc<AtomicU64>,
     monitor: Monitor,
+    began: Instant,
 }
 
 impl Watch {
@@ -33,6 +35,7 @@ impl Watch {
         exit: ExitHook,
         stop: Arc<AtomicBool>,
     ) -> Result<Self, RunError> {
+        let began = Instant::now();
         let settings = settings(config);
         let position = Arc::new(AtomicU64::new(0));
         let (monitor, at) = (comm.monitor(), Arc::clone(&position));
@@ -71,12 +74,25 @@ impl Watch {
             watchdog,
             position,
             monitor: own,
+            began,
         })
     }
 
     /// Says goodbye: that this rank ends is no death.
     pub fn leave(self) {
         self.watchdog.leave();
+    }
+
+    /// When this rank started.
+    pub(super) fn began(&self) -> Instant {
+        self.began
+    }
+
+    /// Tells the others that this rank has no state to save.
+    pub(super) fn cannot_save(&self, reason: &str) {
+        if let Some(step) = self.pulse().abandoned() {
+            self.watchdog.save_failed(step, reason);
+        }
     }
 
     pub(super) fn dog(&self) -> &Watchdog {
@@ -155,6 +171,7 @@ fn settings(config: &Config) -> Settings {
         start_timeout: guard.start_timeout.duration(),
         stop_grace: guard.stop_grace.duration(),
         interface: guard.watch_interface.clone(),
+        save_timeout: SAVING,
         ..Settings::default()
     }
 }

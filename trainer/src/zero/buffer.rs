@@ -138,13 +138,13 @@ impl Buffer {
         }
     }
 
-    /// What lasts from step to step, after waiting for everything under way.
+    /// What lasts from step to step. Slices of weights are there whatever is under way: a gather
+    /// only reads them; a whole buffer is waited for.
     pub(super) fn held(&mut self, clock: &mut CommClock) -> Result<Tensor, ZeroError> {
-        for position in 0..self.pieces.len() {
-            self.settle(position, clock)?;
+        match &self.slices {
+            Some(slices) => Ok(slices.shallow_clone()),
+            None => self.whole(clock).map(Tensor::shallow_clone),
         }
-        let held = self.slices.as_ref().or(self.whole.as_ref());
-        held.map(Tensor::shallow_clone).ok_or(ZeroError::NotHeld)
     }
 
     /// Whether only the own slices last from step to step.
