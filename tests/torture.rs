@@ -81,20 +81,21 @@ fn ranks_killed_at_any_byte_lose_nothing() {
                 let blow = Blow::draw(kill, &mut random, torture.truth.steps() - from, ease);
                 let died = torture.attempt(&mut witness, Some(&blow));
                 println!(
-                    "{:4}  run {runs}  from step {from:2}  {}  {blow}",
+                    "{:4}  run {runs}  step {from:2} to {:2}  {}  {blow}",
                     number + 1,
+                    witness.newest(),
                     if died { "killed" } else { "lived " }
                 );
                 if died {
                     *made.entry(kill).or_default() += 1;
                     break;
                 }
-                // It would have been later than the run's end.
+                // The run has come to its end before.
                 ease *= 4;
                 assert!(ease < 1 << 16, "{kill} never happens");
+            } else {
+                torture.finish(&mut witness);
             }
-            // To the end, undisturbed, and on with another run.
-            torture.finish(&mut witness);
             runs += 1;
             witness = torture.begin(runs);
         }
@@ -242,7 +243,7 @@ impl Torture {
             output.stdout,
             output.stderr
         );
-        self.wait_until_gone();
+        self.wait_until_gone(witness.dir());
         witness.look(&self.truth, &words);
         if !died {
             witness.assert_finished(&self.truth);
@@ -285,13 +286,19 @@ impl Torture {
         };
         let kill =
             |pid: u32| kill_process(Pid::from_raw(pid as i32).unwrap(), Signal::KILL).is_ok();
-        victims.into_iter().fold(false, |hit, pid| kill(pid) || hit)
+        victims.into_iter().filter(|&pid| kill(pid)).count() > 0
     }
 
-    /// The kernel kills ranks with their launcher, but not at once.
-    fn wait_until_gone(&self) {
+    /// Waits until no rank can change anything any more: the kernel kills ranks with their launcher,
+    /// but not at once, and a thread that is killed ends its system call. Rank 0 holds the lock of
+    /// the run directory until then.
+    fn wait_until_gone(&self, run_dir: &Path) {
         let began = Instant::now();
-        while !ranks_of(&self.fixture.path("config.toml")).is_empty() {
+        let locked = || match fs::File::open(run_dir.join("lock")) {
+            Ok(lock) => lock.try_lock().is_err(),
+            Err(_) => false,
+        };
+        while !ranks_of(&self.fixture.path("config.toml")).is_empty() || locked() {
             assert!(began.elapsed() < Duration::from_secs(10), "orphans");
             std::thread::sleep(Duration::from_millis(5));
         }

@@ -47,8 +47,8 @@ impl Truth {
             .collect();
         let expected: Vec<u64> = (1..=steps).collect();
         assert!(figures.keys().eq(&expected) && contents.keys().eq(&expected));
-        let times = history.events.iter().map(|event| event.unix_seconds);
-        let (first, last) = (times.clone().next().unwrap(), times.last().unwrap());
+        let [first, last] = [history.events.first(), history.events.last()]
+            .map(|event| event.unwrap().unix_seconds);
         Self {
             figures,
             contents,
