@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use support::runs::{
-    events, figures, losses, ranks_of, signal, wait_for_step, wait_until_gone, weights,
+    assert_same_bits, events, losses, ranks_of, signal, wait_for_step, wait_until_gone,
 };
 use support::{Fixture, TWO_STAGES, run, start, train};
 
@@ -31,31 +31,6 @@ fn arguments<'a>(command: &[&'a str], dir: &'a str) -> Vec<&'a str> {
     [command, &LONG, &["--set", dir]].concat()
 }
 
-#[track_caller]
-fn assert_same_bits(fixture: &Fixture, disturbed: &str) {
-    let (a, b) = (
-        figures(&fixture.path("calm")),
-        figures(&fixture.path(disturbed)),
-    );
-    assert_eq!(a.len() as u64, STEPS);
-    for (step, record) in &a {
-        for key in [
-            "loss",
-            "grad_norm",
-            "lr",
-            "tokens",
-            "target_tokens",
-            "stage",
-        ] {
-            assert_eq!(record[key], b[step][key], "{key} of step {step}");
-        }
-    }
-    assert!(
-        weights(fixture, "calm") == weights(fixture, disturbed),
-        "other weights"
-    );
-}
-
 /// SIGKILL in the middle of a run and SIGTERM both leave a run that goes on bit for bit.
 #[test]
 fn a_run_that_was_killed_or_stopped_ends_as_if_nothing_had_happened() {
@@ -73,7 +48,7 @@ fn a_run_that_was_killed_or_stopped_ends_as_if_nothing_had_happened() {
         "the run ended before it was killed"
     );
     run(&arguments(&command, "run.dir=killed")).done();
-    assert_same_bits(&fixture, "killed");
+    assert_same_bits(&fixture, "calm", "killed", STEPS);
     assert_eq!(events(&fixture.path("killed"), "resume").len(), 1);
 
     let running = start(&arguments(&command, "run.dir=stopped"));
@@ -81,7 +56,7 @@ fn a_run_that_was_killed_or_stopped_ends_as_if_nothing_had_happened() {
     signal(running.child.id(), Signal::TERM);
     assert_eq!(running.wait().code, Some(75));
     run(&arguments(&command, "run.dir=stopped")).done();
-    assert_same_bits(&fixture, "stopped");
+    assert_same_bits(&fixture, "calm", "stopped", STEPS);
 
     // Once more: everything is done already.
     let before = fs::read(fixture.path("calm/metrics.jsonl")).unwrap();

@@ -90,8 +90,17 @@ pub fn start<S: AsRef<OsStr>>(args: &[S]) -> Running {
 
 /// The same with variables added to its environment.
 pub fn start_with<S: AsRef<OsStr>>(args: &[S], environment: &[(&str, &str)]) -> Running {
+    start_program(env!("CARGO_BIN_EXE_oxitron"), args, environment)
+}
+
+/// The same of another program, which may start `oxitron` in its turn.
+pub fn start_program<S: AsRef<OsStr>>(
+    program: &str,
+    args: &[S],
+    environment: &[(&str, &str)],
+) -> Running {
     let (stdout, stderr) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
-    let mut command = Command::new(env!("CARGO_BIN_EXE_oxitron"));
+    let mut command = Command::new(program);
     command
         .args(args)
         // Tests run side by side; threads that wait for each other's cores would only spin.

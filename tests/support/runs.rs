@@ -10,6 +10,53 @@ use serde_json::Value;
 
 use super::{Fixture, run};
 
+/// Asserts that two runs took the same `steps` steps to the same weights, to the bit.
+#[track_caller]
+pub fn assert_same_bits(fixture: &Fixture, calm: &str, disturbed: &str, steps: u64) {
+    let (a, b) = (
+        figures(&fixture.path(calm)),
+        figures(&fixture.path(disturbed)),
+    );
+    assert_eq!(a.len() as u64, steps);
+    for (step, record) in &a {
+        for key in [
+            "loss",
+            "grad_norm",
+            "lr",
+            "tokens",
+            "target_tokens",
+            "stage",
+        ] {
+            let other = b.get(step).map(|record| &record[key]);
+            assert_eq!(
+                Some(&record[key]),
+                other,
+                "{key} of step {step} of {disturbed}"
+            );
+        }
+    }
+    assert!(
+        weights(fixture, calm) == weights(fixture, disturbed),
+        "other weights in {disturbed}"
+    );
+}
+
+/// Waits for an event of this kind for which `wanted` holds.
+#[track_caller]
+pub fn wait_for_event(run_dir: &Path, kind: &str, wanted: impl Fn(&Value) -> bool) {
+    let began = Instant::now();
+    let read = || fs::read_to_string(run_dir.join("events.jsonl")).unwrap_or_default();
+    let is = |line: &str| {
+        // The last line may still be on its way.
+        serde_json::from_str::<Value>(line)
+            .is_ok_and(|event| event["event"] == kind && wanted(&event))
+    };
+    while !read().lines().any(is) {
+        assert!(began.elapsed() < Duration::from_secs(60), "no {kind}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
 /// The figures of a run by step; of a step that was repeated the last, which is what counts.
 pub fn figures(run_dir: &Path) -> BTreeMap<u64, Value> {
     let text = fs::read_to_string(run_dir.join("metrics.jsonl")).unwrap();
@@ -94,6 +141,16 @@ pub fn ranks_of(config: &Path) -> Vec<(u32, usize)> {
         found.extend(rank.map(|rank| (pid, rank)));
     }
     found
+}
+
+/// The process of one rank that trains with this config.
+#[track_caller]
+pub fn rank_of(config: &Path, rank: usize) -> u32 {
+    let ranks = ranks_of(config);
+    let found = ranks.iter().find(|&&(_, number)| number == rank);
+    found
+        .unwrap_or_else(|| panic!("no rank {rank} among {ranks:?}"))
+        .0
 }
 
 /// Waits until no process trains with this config any more.
