@@ -45,13 +45,15 @@ pub struct TrainArgs {
 pub fn run(args: &TrainArgs) -> Result<ExitCode> {
     faults::setup()?;
     let config = Config::load(&args.config, &args.sets)?;
+    // Before MPI, which takes its time to start: until then a signal kills.
+    let stop = stop_on_signals().context("cannot install signal handlers")?;
     let comm = Comm::from_environment()?;
     let log = logging::init_rank(&config.run.dir, comm.rank());
     let options = Options {
         allow_config_change: args.allow_config_change,
         allow_data_change: args.allow_data_change,
         no_verify: args.no_verify,
-        stop: stop_on_signals().context("cannot install signal handlers")?,
+        stop,
     };
     let mut watch = None;
     let outcome = log.map_err(anyhow::Error::from).and_then(|()| {
