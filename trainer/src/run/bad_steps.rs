@@ -145,7 +145,8 @@ impl Trainer<'_> {
         Ok(true)
     }
 
-    /// On the leader: what came after the checkpoint goes, and the checkpoint says what is left out.
+    /// On the leader: the checkpoint says what is left out, and what came after it goes. In this
+    /// order: a run that is killed in between finds the later ones damaged again and comes here.
     fn abandon_later(&self, folder: &std::path::Path, step: u64) -> Result<(), RunError> {
         if !self.ranks.leads() {
             return Ok(());
