@@ -87,6 +87,13 @@ fn checkpoints_that_are_damaged_or_of_another_model_are_refused() {
     run(&["inspect", &checkpoint, "--verify"]).refused(1, &says);
     run(&["convert", "to-hf", &checkpoint, &out]).refused(1, &says);
     still_refused(&says);
+    // Whoever says so reads it all the same.
+    let unverified = fixture.text("unverified");
+    run(&["convert", "to-hf", &checkpoint, &unverified, "--no-verify"]).done();
+    let generate = ["generate", &checkpoint, "--prompt", "the"];
+    run(&[&generate[..], &["--max-tokens", "2"]].concat()).refused(1, &says);
+    run(&[&generate[..], &["--max-tokens", "2", "--no-verify"]].concat()).done();
+    train(&config, &["--no-verify"]).done();
     fs::write(&payload, whole).unwrap();
 
     let manifest = fixture.path("run/checkpoints/step-00000006/manifest.json");

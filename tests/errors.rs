@@ -315,6 +315,69 @@ fn a_folder_that_cannot_be_written_is_refused() {
     nothing_begun(&fixture);
 }
 
+/// Data that have changed are refused with the difference, or used on request, which is on record.
+#[test]
+fn changed_data_and_keys_are_refused_unless_they_are_allowed() {
+    let fixture = Fixture::new();
+    let more = ONE_STAGE
+        .replace("short", "more")
+        .replace("steps = 6", "steps = 4");
+    let config = fixture.config(ONE_STAGE);
+    train(&config, &[]).done();
+    let config = fixture.config(&format!("{ONE_STAGE}{more}"));
+
+    // The same corpus without its last documents.
+    let corpus = fs::read_to_string(fixture.path("corpus.jsonl")).unwrap();
+    let fewer: Vec<&str> = corpus.lines().take(200).collect();
+    fs::write(fixture.path("corpus.jsonl"), fewer.join("\n")).unwrap();
+    let [corpus, tokenizer, shards] =
+        ["corpus.jsonl", "tokenizer", "fewer"].map(|name| fixture.text(name));
+    let words = ["data", "tokenize", &corpus, "--tokenizer", &tokenizer];
+    run(&[&words[..], &["--out", &shards, "--threads", "1"]].concat()).done();
+    for entry in fs::read_dir(&shards).unwrap() {
+        let from = entry.unwrap().path();
+        let to = fixture.path("shards").join(from.file_name().unwrap());
+        fs::copy(&from, &to).unwrap();
+    }
+
+    let lines = ["parquet changed: bytes", "documents 240 → 200"];
+    let remedy = ["restore the files", "--allow-data-change"];
+    train(&config, &[]).refused(1, &[&lines[..], &remedy].concat());
+    assert_eq!(fixture.metrics().len(), 6);
+    train(&config, &["--allow-data-change"]).done();
+    assert_eq!(fixture.metrics().len(), 10);
+    assert!(fixture.path("run/dataset.lock.replaced-1").exists());
+    let events = || fs::read_to_string(fixture.run_dir().join("events.jsonl")).unwrap();
+    let of_kind = |kind: &str| {
+        let mark = format!("\"event\":\"{kind}\",\"step\":");
+        let events = events();
+        let found: Vec<&str> = events.lines().filter(|line| line.contains(&mark)).collect();
+        assert_eq!(found.len(), 1, "{kind} in {events}");
+        found[0].to_owned()
+    };
+    let changed = of_kind("data_changed");
+    assert!(
+        changed.contains("\"step\":6,") && changed.contains(lines[1]),
+        "{changed}"
+    );
+
+    // These are its data now; another key has to be allowed by itself.
+    let config = fixture.config(&format!(
+        "{ONE_STAGE}{more}{}",
+        more.replace("more", "third")
+    ));
+    let warmer = ["--set", "optimizer.weight_decay=0.2"];
+    train(&config, &warmer).refused(2, &["optimizer.weight_decay", "--allow-config-change"]);
+    train(&config, &[&warmer[..], &["--allow-config-change"]].concat()).done();
+    let changed = of_kind("config_changed");
+    assert!(
+        changed.contains("\"step\":10,") && changed.contains("weight_decay"),
+        "{changed}"
+    );
+    assert_eq!(fixture.metrics().len(), 14);
+    of_kind("data_changed");
+}
+
 #[test]
 #[cfg(feature = "mpi")]
 fn more_ranks_than_samples_are_refused_before_any_starts() {

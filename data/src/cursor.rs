@@ -54,6 +54,36 @@ impl SourceCursor {
 }
 
 impl Cursor {
+    /// This place in a dataset that is not the one it was taken in ([`Dataset::open_changed`]): the
+    /// same numbers where the dataset has such a window, the beginning of the next epoch where it
+    /// does not. Answers, one line each, what had to be moved.
+    pub fn fitted(&self, dataset: &Dataset) -> (Cursor, Vec<String>) {
+        let mut moved = Vec::new();
+        let mut sources = Vec::new();
+        for mut place in self.sources.iter().cloned() {
+            let Some(number) = dataset.source_number(&place.name) else {
+                moved.push(format!("source \"{}\" is left: it is gone", place.name));
+                continue;
+            };
+            let windows = dataset.plan(number, place.epoch).windows.len() as u64;
+            // At its end an epoch is over, which is a place like others.
+            if place.window > windows || (place.window == windows && place.offset > 0) {
+                moved.push(format!(
+                    "source \"{}\" goes on with epoch {}, because epoch {} has {windows} windows \
+                     now and the run was in window {}",
+                    place.name,
+                    place.epoch + 1,
+                    place.epoch,
+                    place.window
+                ));
+                place.window = windows;
+                place.offset = 0;
+            }
+            sources.push(place);
+        }
+        (Cursor { sources }, moved)
+    }
+
     /// The place where a new stage begins: the next window edge of every source, so that it
     /// repeats no document of this stage. Answers what is dropped thereby.
     ///

@@ -1,6 +1,7 @@
 //! A dataset: sources of token shards under a lock, opened for training.
 
 use crate::cache::RowGroupCache;
+use crate::changed;
 use crate::cursor::{Cursor, SourceCursor};
 use crate::error::{Error, Result};
 use crate::lock::Lock;
@@ -98,6 +99,22 @@ impl Dataset {
     /// As [`Dataset::open`], and when the lock never had this fingerprint.
     pub fn open_at(spec: &DatasetSpec, fingerprint: &str) -> Result<Dataset> {
         open::open(spec, Some(fingerprint))
+    }
+
+    /// Opens the data as they are, although they may not be those that a run was trained on: what
+    /// [`Dataset::open_at`] (or, without a fingerprint, [`Dataset::open`]) refuses because of the
+    /// lock is returned as a list of differences. Where the files differ from the lock, a new one
+    /// is written, and the old one is kept beside it with `.replaced-1` (`-2`, …) after its name.
+    ///
+    /// A [`Cursor`] of the data as they were has to be [fitted](Cursor::fitted) then.
+    ///
+    /// # Errors
+    /// What [`Dataset::open`] refuses besides, and a lock that cannot be replaced.
+    pub fn open_changed(
+        spec: &DatasetSpec,
+        fingerprint: Option<&str>,
+    ) -> Result<(Dataset, Vec<String>)> {
+        changed::open_changed(spec, fingerprint)
     }
 
     /// The dataset with all files in it that exist now; the lock is extended by those that it did

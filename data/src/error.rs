@@ -163,8 +163,9 @@ pub enum Error {
 
     /// The data on disk are not the data that `dataset.lock` describes.
     #[error(
-        "the data differ from {}:\n{}\nrestore the files, or delete the lock to start a new order \
-         (runs that used it cannot be resumed then)",
+        "the data differ from {}:\n{}\nrestore the files; or pass --allow-data-change to go on with \
+         the data as they are, in another order: the lock is built anew then, and the old one kept \
+         beside it",
         lock.display(), differences.join("\n")
     )]
     LockMismatch {

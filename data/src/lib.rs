@@ -40,6 +40,7 @@
 mod assign;
 mod atomic;
 mod cache;
+mod changed;
 pub mod corpus;
 mod cursor;
 mod dataset;

@@ -2,6 +2,7 @@
 
 use crate::atomic;
 use crate::cache::RowGroupCache;
+use crate::changed;
 use crate::dataset::{Dataset, DatasetSpec, Inner};
 use crate::error::{Error, Result};
 use crate::lock::{Lock, LockFile};
@@ -47,10 +48,7 @@ pub(crate) fn open(spec: &DatasetSpec, fingerprint: Option<&str>) -> Result<Data
             .find(|&generations| lock.fingerprint(generations) == wanted)
             .ok_or_else(|| Error::LockMismatch {
                 lock: spec.lock.clone(),
-                differences: vec![format!(
-                    "the run was trained on a dataset with fingerprint {wanted}; this one has {}",
-                    lock.fingerprint(lock.generations)
-                )],
+                differences: foreign(spec, &lock, wanted, &found),
             })?,
     };
     assemble(spec, lock, generations, found)
@@ -217,6 +215,41 @@ fn new_lock(spec: &DatasetSpec, found: &[Found]) -> Result<Lock> {
         spec.validation_fraction,
         first.header(),
     ))
+}
+
+/// What is known of the difference between the data and those of a run that the lock does not know.
+fn foreign(spec: &DatasetSpec, lock: &Lock, wanted: &str, found: &[Found]) -> Vec<String> {
+    let mut lines = vec![format!(
+        "the run was trained on a dataset with fingerprint {wanted}; this one has {}",
+        lock.fingerprint(lock.generations)
+    )];
+    let Some((path, before, generations)) = changed::lock_set_aside(&spec.lock, wanted) else {
+        lines.push(
+            "its lock is not there any more, so what differs cannot be told: put a copy of it in \
+             this one's place to see it"
+                .to_owned(),
+        );
+        return lines;
+    };
+    lines.push(format!("its lock was {}; since then:", path.display()));
+    lines.extend(parameter_differences(spec, &before, found));
+    for source in found {
+        let mut unmatched: Vec<_> = source.shards.iter().cloned().map(Some).collect();
+        let locked = before.sources.iter().filter(|s| s.name == source.name);
+        for file in locked.flat_map(|source| &source.files) {
+            let matched = take_match(&spec.lock, file, &mut unmatched);
+            if file.generation < generations
+                && let Err(difference) = matched
+            {
+                lines.push(format!("source \"{}\": {difference}", source.name));
+            }
+        }
+        lines.extend(unmatched.into_iter().flatten().map(|shard| {
+            let path = shard.path().display();
+            format!("source \"{}\": {path} was added", source.name)
+        }));
+    }
+    lines
 }
 
 /// Matches the files that exist with those of the lock and puts the dataset together.

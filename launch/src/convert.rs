@@ -31,6 +31,9 @@ enum Direction {
         /// GiB.
         #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = parse_size)]
         max_shard_size: u64,
+        /// Read the checkpoint without comparing its checksums.
+        #[arg(long)]
+        no_verify: bool,
     },
     /// Import a Hugging Face folder (LLaMA layout, safetensors) as a checkpoint of weights.
     FromHf {
@@ -56,13 +59,17 @@ pub fn run(args: Args) -> Result<()> {
             out,
             dtype,
             max_shard_size,
+            no_verify,
         } => {
             let dtype = match dtype {
                 WeightType::Bf16 => Dtype::Bf16,
                 WeightType::Fp32 => Dtype::F32,
                 WeightType::Fp16 => Dtype::F16,
             };
-            let checkpoint = checkpoint::find(&checkpoint)?;
+            let mut checkpoint = checkpoint::find(&checkpoint)?;
+            if no_verify {
+                checkpoint = checkpoint.without_verification();
+            }
             let options = ExportOptions {
                 dtype,
                 max_shard_bytes: max_shard_size,

@@ -27,6 +27,9 @@ pub struct GenerateArgs {
     /// Seed of the draws
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
+    /// Read the checkpoint without comparing its checksums
+    #[arg(long)]
+    pub no_verify: bool,
 }
 
 /// Runs the command.
@@ -35,7 +38,7 @@ pub struct GenerateArgs {
 /// A model that cannot be opened, or a request that it cannot serve.
 pub fn run(args: &GenerateArgs) -> Result<()> {
     // fp32 gives the model's own answer on every processor.
-    let mut generator = Generator::open(&args.model, Dtype::Fp32)?;
+    let mut generator = Generator::open(&args.model, Dtype::Fp32, !args.no_verify)?;
     let sampling = Sampling {
         temperature: args.temperature,
         top_p: args.top_p,

@@ -233,3 +233,108 @@ fn verify_names_what_is_wrong_and_goes_on() {
             .contains("source \"b\": 1 files, 60 documents")
     }));
 }
+
+/// Every line that tells how the data differ from those of a run, without the first.
+fn refusal(made: &Made, fingerprint: &str) -> String {
+    let error = Dataset::open_at(&made.spec(1), fingerprint).unwrap_err();
+    assert!(matches!(error, Error::LockMismatch { .. }), "{error}");
+    error.to_string()
+}
+
+#[test]
+fn changed_data_are_opened_when_that_is_allowed() {
+    let made = Made::new();
+    let before = made.open(1);
+    let known = before.fingerprint().to_owned();
+    let unchanged = Dataset::open_changed(&made.spec(1), Some(&known)).unwrap();
+    assert_eq!(unchanged.0.fingerprint(), known);
+    assert_eq!(unchanged.1, [""; 0]);
+    assert!(!made.path("dataset.lock.replaced-1").exists());
+
+    write_shard(&made.path("a/1.parquet"), "a", 80..120);
+    std::fs::remove_file(made.path("b/0.parquet")).unwrap();
+    write_shard(&made.path("b/1.parquet"), "b", 0..50);
+    let lines = [
+        "source \"a\": a/1.parquet changed: bytes",
+        "documents 70 → 40",
+        "source \"b\": b/0.parquet is missing",
+    ];
+    let text = refusal(&made, &known);
+    for line in lines.iter().chain(&["--allow-data-change"]) {
+        assert!(text.contains(line), "no {line:?} in {text}");
+    }
+
+    let old = std::fs::read(made.path("dataset.lock")).unwrap();
+    let (changed, differences) = Dataset::open_changed(&made.spec(1), Some(&known)).unwrap();
+    let text = differences.join("\n");
+    assert!(lines.iter().all(|line| text.contains(line)), "{text}");
+    assert_eq!(changed.summary()[1].files, 1);
+    assert!(changed.new_files().is_empty());
+    assert_eq!(
+        std::fs::read(made.path("dataset.lock.replaced-1")).unwrap(),
+        old
+    );
+    // From now on the data are those of the new lock.
+    let reopened = Dataset::open_at(&made.spec(1), changed.fingerprint()).unwrap();
+    assert_eq!(reopened.summary(), changed.summary());
+
+    // A run that knew them otherwise is told what has changed, by the lock that was set aside.
+    let text = refusal(&made, &known);
+    let aside = [
+        "dataset.lock.replaced-1; since then:",
+        "b/1.parquet was added",
+    ];
+    for line in lines.iter().chain(&aside) {
+        assert!(text.contains(line), "no {line:?} in {text}");
+    }
+    let (again, differences) = Dataset::open_changed(&made.spec(1), Some(&known)).unwrap();
+    assert_eq!(again.fingerprint(), changed.fingerprint());
+    assert!(differences.join("\n").contains("b/1.parquet was added"));
+    assert!(!made.path("dataset.lock.replaced-2").exists());
+
+    // Another change, another lock; and one that nobody has kept.
+    write_shard(&made.path("a/1.parquet"), "a", 80..100);
+    Dataset::open_changed(&made.spec(1), Some(changed.fingerprint())).unwrap();
+    assert!(made.path("dataset.lock.replaced-2").exists());
+    assert!(refusal(&made, &known).contains("documents 70 → 20"));
+    let text = refusal(&made, "0123");
+    assert!(
+        text.contains("fingerprint 0123") && text.contains("cannot be told"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_cursor_is_fitted_to_data_that_have_shrunk() {
+    let made = Made::new();
+    let before = made.open(1);
+    let mut stream = before.stream(&before.start(), 20, &[1.0, 1.0]).unwrap();
+    stream.next_batch(80).unwrap();
+    let cursor = stream.cursor();
+    assert_eq!(cursor.fitted(&before), (cursor.clone(), Vec::new()));
+    let a = cursor.sources[0].clone();
+    assert!(a.epoch == 0 && a.window > 0, "{a:?}");
+
+    std::fs::remove_file(made.path("a/1.parquet")).unwrap();
+    write_shard(&made.path("a/0.parquet"), "a", 0..16);
+    let (after, _) = Dataset::open_changed(&made.spec(1), None).unwrap();
+    let (fitted, moved) = cursor.fitted(&after);
+    assert_eq!(fitted.sources[1], cursor.sources[1]);
+    assert!(fitted.sources[0].window < a.window && fitted.sources[0].offset == 0);
+    assert!(
+        moved.len() == 1 && moved[0].contains("source \"a\" goes on with epoch 1"),
+        "{moved:?}"
+    );
+    let mut stream = after.stream(&fitted, 20, &[1.0, 1.0]).unwrap();
+    stream.next_batch(10).unwrap();
+    assert!(stream.cursor().sources[0].epoch >= 1);
+    assert!(matches!(
+        after.stream(&cursor, 20, &[1.0, 1.0]),
+        Err(Error::Cursor(_))
+    ));
+
+    let mut foreign = cursor.clone();
+    foreign.sources[0].name = "c".into();
+    let (fitted, moved) = foreign.fitted(&after);
+    assert_eq!((fitted.sources.len(), moved.len()), (1, 1));
+}

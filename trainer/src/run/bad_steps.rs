@@ -122,7 +122,7 @@ impl Trainer<'_> {
         let alive = || watch.phase(Phase::Starting);
         // From here until everything is taken over, tensors and counters are of different steps.
         self.torn = true;
-        if let Some(reason) = read_state(&mut self.zero, &checkpoint, &self.ranks, alive)? {
+        if let Some(reason) = read_state(&mut self.zero, &checkpoint, &self.ranks, true, alive)? {
             set_aside(&self.ranks, checkpoint.dir())?;
             self.reject(target.step, reason);
             return Ok(false);
@@ -164,7 +164,11 @@ impl Trainer<'_> {
     fn reopen_dataset(&mut self, checkpoint: &Checkpoint) -> Result<(), RunError> {
         let recorded = checkpoint.meta().dataset_lock.as_deref();
         if recorded != Some(self.dataset.fingerprint()) {
-            self.dataset = open_dataset(self.config, &self.ranks, recorded)?;
+            let allow_change = self.allow_data_change;
+            let (dataset, differences) =
+                open_dataset(self.config, &self.ranks, recorded, allow_change)?;
+            self.dataset = dataset;
+            self.take_changed_data(differences);
         }
         Ok(())
     }

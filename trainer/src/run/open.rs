@@ -66,6 +66,8 @@ impl<'a> Trainer<'a> {
             decoder,
             zero,
             rejected,
+            config_change,
+            data_change,
         } = Begun::new(config, comm, watch, &ranks, &plan, options)?;
         let (run_id, attempt, began) = identify(config, &ranks, &origin)?;
         let open_metrics = |folder: &RunFolder| {
@@ -108,6 +110,7 @@ impl<'a> Trainer<'a> {
             save_failed: false,
             last_saved: None,
             torn: false,
+            allow_data_change: options.allow_data_change,
             spikes: Spikes::new(&config.guard),
             bad_steps: BadSteps::new(&config.guard),
             ranks,
@@ -122,6 +125,13 @@ impl<'a> Trainer<'a> {
         trainer.open_exchanges()?;
         watch.begin(trainer.progress.step)?;
         trainer.announce(&origin);
+        if let Some(difference) = config_change {
+            trainer.event(Event::ConfigChanged {
+                step: trainer.progress.step,
+                difference,
+            });
+        }
+        trainer.take_changed_data(data_change);
         for (step, reason) in rejected {
             trainer.reject(step, reason);
         }
@@ -183,6 +193,10 @@ struct Begun {
     zero: Zero,
     /// Newer checkpoints that are damaged: step and reason.
     rejected: Vec<(u64, String)>,
+    /// What has changed in the configuration since the checkpoint, on the leader.
+    config_change: Option<String>,
+    /// What has changed in the data, one line each.
+    data_change: Vec<String>,
 }
 
 impl Begun {
@@ -199,7 +213,7 @@ impl Begun {
         let mut rejected: Vec<(u64, String)> = Vec::new();
         loop {
             let before = rejected.last().map_or(u64::MAX, |(step, _)| *step);
-            let origin = Origin::find(config, ranks, options, before)?;
+            let (origin, config_change) = Origin::find(config, ranks, options, before)?;
             if !matches!(origin, Origin::Resume(_)) && !rejected.is_empty() {
                 // Damaged checkpoints are a loss, over which a run must not begin anew in silence.
                 return Err(RunError::NoneUsable {
@@ -213,7 +227,8 @@ impl Begun {
                 Origin::Resume(checkpoint) => checkpoint.meta().dataset_lock.as_deref(),
                 _ => None,
             };
-            let dataset = open_dataset(config, ranks, recorded)?;
+            let allow_change = options.allow_data_change;
+            let (dataset, data_change) = open_dataset(config, ranks, recorded, allow_change)?;
             let decoder = Decoder::new(&config.model, dtype);
             let mut zero = Zero::new(
                 &plan.units,
@@ -230,7 +245,8 @@ impl Begun {
             let filled = match &origin {
                 Origin::Resume(checkpoint) => {
                     let alive = || watch.phase(Phase::Starting);
-                    if let Some(reason) = read_state(&mut zero, checkpoint, ranks, alive)? {
+                    let verify = !options.no_verify;
+                    if let Some(reason) = read_state(&mut zero, checkpoint, ranks, verify, alive)? {
                         set_aside(ranks, checkpoint.dir())?;
                         rejected.push((checkpoint.meta().step, reason));
                         continue;
@@ -253,6 +269,8 @@ impl Begun {
                 decoder,
                 zero,
                 rejected,
+                config_change,
+                data_change,
             });
         }
     }
@@ -341,12 +359,14 @@ fn choose_dtype(config: &Config, ranks: &Ranks, origin: &Origin) -> Result<Dtype
 }
 
 /// Opens the data: the leader first, since it may have to build the lock. A run that goes on sees
-/// the files that it had when the checkpoint was written.
+/// the files that it had when the checkpoint was written; with `allow_change` it takes the data as
+/// they are, and the second value says how they differ, one line each.
 pub(super) fn open_dataset(
     config: &Config,
     ranks: &Ranks,
     recorded: Option<&str>,
-) -> Result<Dataset, RunError> {
+    allow_change: bool,
+) -> Result<(Dataset, Vec<String>), RunError> {
     let source = |source: &SourceConfig| SourceSpec {
         name: source.name.clone(),
         paths: vec![source.path.clone()],
@@ -363,8 +383,9 @@ pub(super) fn open_dataset(
     };
     ranks.in_turn(|| {
         Ok(match recorded {
-            Some(fingerprint) => Dataset::open_at(&spec, fingerprint)?,
-            None => Dataset::open(&spec)?,
+            _ if allow_change => Dataset::open_changed(&spec, recorded)?,
+            Some(fingerprint) => (Dataset::open_at(&spec, fingerprint)?, Vec::new()),
+            None => (Dataset::open(&spec)?, Vec::new()),
         })
     })
 }

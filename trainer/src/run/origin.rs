@@ -22,14 +22,16 @@ pub(super) enum Origin {
 
 impl Origin {
     /// The newest checkpoint of the run from before step `before`, or else what the configuration
-    /// says. The leader looks, the others open the same.
+    /// says. The leader looks, the others open the same. On the leader also what has changed in the
+    /// configuration since, if that is allowed.
     pub(super) fn find(
         config: &Config,
         ranks: &Ranks,
         options: &Options,
         before: u64,
-    ) -> Result<Self, RunError> {
+    ) -> Result<(Self, Option<String>), RunError> {
         let checkpoints = &config.checkpoint.dir;
+        let mut changed = None;
         let [found, step] = ranks.leaders_choice(|| {
             let newest = checkpoint::newest_valid_before(checkpoints, before, Scrutiny::Structure)?;
             for rejected in &newest.rejected {
@@ -56,7 +58,7 @@ impl Origin {
                     None => Ok([0, 0]),
                 };
             };
-            check_config(config, &checkpoint, options)?;
+            changed = check_config(config, &checkpoint, options)?;
             Ok([1, checkpoint.meta().step])
         })?;
         let open = || {
@@ -65,7 +67,12 @@ impl Origin {
                     tracing::info!("the run has begun, so model.init_from is not used");
                 }
                 let dir = checkpoints.join(checkpoint::folder_name(step));
-                return Ok(Origin::Resume(Checkpoint::open(dir)?));
+                let checkpoint = Checkpoint::open(dir)?;
+                return Ok(Origin::Resume(if options.no_verify {
+                    checkpoint.without_verification()
+                } else {
+                    checkpoint
+                }));
             }
             Ok(match &config.model.init_from {
                 None => Origin::Seed,
@@ -75,7 +82,7 @@ impl Origin {
                 Some(path) => Origin::Checkpoint(checkpoint::find(path)?),
             })
         };
-        ranks.together(open())
+        Ok((ranks.together(open())?, changed))
     }
 
     /// Refuses weights of another model.
@@ -126,18 +133,19 @@ fn check_shapes<'t>(
     Ok(())
 }
 
-/// Compares the configuration with the one that the checkpoint was written under.
+/// Compares the configuration with the one that the checkpoint was written under; what differs and
+/// is allowed to, one line per key.
 fn check_config(
     config: &Config,
     checkpoint: &Checkpoint,
     options: &Options,
-) -> Result<(), RunError> {
+) -> Result<Option<String>, RunError> {
     let name = format!("the configuration in {}", checkpoint.dir().display());
     let before = Config::from_text(&checkpoint.meta().config, &name, &config.run.dir, &[])?;
     let begun = checkpoint.meta().last_stage_begun();
     let differences = before.result_affecting_difference(config, begun)?;
     if differences.is_empty() {
-        return Ok(());
+        return Ok(None);
     }
     let listed: Vec<String> = differences
         .iter()
@@ -146,7 +154,7 @@ fn check_config(
     let differences = listed.join("\n");
     if options.allow_config_change {
         tracing::warn!("going on with a changed configuration:\n{differences}");
-        return Ok(());
+        return Ok(Some(differences));
     }
     Err(RunError::ConfigChanged {
         run_dir: config.run.dir.clone(),

@@ -12,9 +12,10 @@ use crate::zero::{InitialValues, Zero, ZeroError};
 /// All state that a run reads from its checkpoint.
 const STATES: [StateKind; 3] = [StateKind::Master, StateKind::ExpAvg, StateKind::ExpAvgSq];
 
-/// Reads this rank's elements of all state, and on the leader what nobody else reads: together the
-/// ranks have then compared every byte of the checkpoint with its checksum. Returns what is wrong
-/// with it on any rank; the state is unspecified then. `alive` is called again and again.
+/// Reads this rank's elements of all state, and with `verify` on the leader what nobody else reads:
+/// together the ranks have then compared every byte of the checkpoint with its checksum. Returns
+/// what is wrong with it on any rank; the state is unspecified then. `alive`
+/// is called again and again.
 ///
 /// # Errors
 /// What has nothing to do with the checkpoint.
@@ -22,6 +23,7 @@ pub(super) fn read_state(
     zero: &mut Zero,
     checkpoint: &Checkpoint,
     ranks: &Ranks,
+    verify: bool,
     alive: impl Fn(),
 ) -> Result<Option<String>, RunError> {
     let read = zero.load(|spec, state, range, out| {
@@ -29,7 +31,7 @@ pub(super) fn read_state(
         checkpoint.read(&spec.name, state, range, out)
     });
     let rest = match &read {
-        Ok(()) if ranks.leads() => checkpoint.verify_rest(&STATES, &mut |_, _| alive()),
+        Ok(()) if verify && ranks.leads() => checkpoint.verify_rest(&STATES, &mut |_, _| alive()),
         _ => Ok(()),
     };
     let damage = match (read, rest) {
@@ -98,6 +100,24 @@ impl Trainer<'_> {
         self.spikes.restore(meta.guard.spikes.clone());
         self.parent = Some(self.shown(checkpoint.dir()));
         Ok(())
+    }
+
+    /// Goes on with data that are not those of the checkpoint, if there are `differences`.
+    pub(super) fn take_changed_data(&mut self, differences: Vec<String>) {
+        if differences.is_empty() {
+            return;
+        }
+        let (cursor, moved) = self.progress.cursor.fitted(&self.dataset);
+        self.progress.cursor = cursor;
+        let lines = differences.into_iter().chain(moved);
+        let difference = lines.collect::<Vec<_>>().join("\n");
+        tracing::warn!(
+            "going on with changed data: documents may come again or be left out\n{difference}"
+        );
+        self.event(Event::DataChanged {
+            step: self.progress.step,
+            difference,
+        });
     }
 
     /// Brings under way what the plan's lists expect to be under way when they begin.

@@ -116,6 +116,8 @@ pub(super) struct Trainer<'a> {
     pub(super) last_saved: Option<u64>,
     /// The run is going back to a checkpoint: its state is no state of any step.
     pub(super) torn: bool,
+    /// Whether the data may differ from those of a checkpoint.
+    pub(super) allow_data_change: bool,
     pub(super) spikes: Spikes,
     pub(super) bad_steps: BadSteps,
     /// The leader holds the run directory and writes the figures.
