@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use super::{RunError, saver::SaveJob, trainer::Outcome, trainer::Trainer};
-use crate::checkpoint::{self, Checkpoint, Purpose};
+use crate::checkpoint::{Checkpoint, Purpose};
 
 /// How long the ranks may take to leave the step.
 const LEAVING: Duration = Duration::from_secs(60);
@@ -64,12 +64,12 @@ impl Trainer<'_> {
     fn commit_abandoned(&mut self, job: &SaveJob) {
         let Some(commit) = &job.commit else { return };
         if !self.watch.dog().wait_for_parts(SAVING) {
-            checkpoint::discard(&job.folder, &job.save_id);
+            job.discard();
             return;
         }
         if self.is_saved(job) {
             // By a save that was under way, or before this attempt; it may stay for longer.
-            checkpoint::discard(&job.folder, &job.save_id);
+            job.discard();
             self.watch.dog().committed(Ok(()));
             return;
         }

@@ -101,8 +101,17 @@ impl Saver {
             if let Err(error) = oxitron_kernels::sys::priority::give_way() {
                 tracing::debug!("checkpoints are written with normal priority: {error}");
             }
+            // What saves have left that could not be cleared away: they failed, and so, perhaps, did
+            // removing; or another rank has completed its part since.
+            let mut failed: Vec<SaveJob> = Vec::new();
             for (job, staging, link) in received {
                 let result = job.write(&staging, &counter, &link);
+                if result.is_ok() {
+                    failed.drain(..).for_each(|job| job.discard());
+                } else if job.commit.is_some() {
+                    job.discard();
+                    failed.push(job.clone());
+                }
                 if report.send((staging, job.end(result))).is_err() {
                     return;
                 }
@@ -258,7 +267,7 @@ impl SaveJob {
         let whole = part.and_then(|_| self.commit(commit, given_up));
         match &whole {
             Ok(_) => self.retain(commit),
-            Err(_) => checkpoint::discard(&self.folder, &self.save_id),
+            Err(_) => self.discard(),
         }
         whole
     }
@@ -268,13 +277,16 @@ impl SaveJob {
         staging: &Staging,
         written: &AtomicU64,
     ) -> Result<u64, checkpoint::Error> {
-        let mut writer = self.part(staging.pieces().map(spec))?;
-        let write = |values: &[f32]| {
-            written.fetch_add(size_of_val(values) as u64, Ordering::Relaxed);
-            writer.write(values).map_err(PartError::Checkpoint)
+        let write_part = || {
+            let mut writer = self.part(staging.pieces().map(spec))?;
+            let write = |values: &[f32]| {
+                written.fetch_add(size_of_val(values) as u64, Ordering::Relaxed);
+                writer.write(values).map_err(PartError::Checkpoint)
+            };
+            staging.write(write).map_err(|error| error.of(self))?;
+            writer.finish()
         };
-        let all = staging.write(write).map_err(|error| error.of(self));
-        self.finish_part(all.and_then(|()| writer.finish()))
+        self.finish_part(write_part())
     }
 
     /// Starts this rank's part.
@@ -304,7 +316,27 @@ impl SaveJob {
 
     /// Whether another rank has left a note.
     fn has_failed_elsewhere(&self) -> bool {
-        (0..self.ranks).any(|rank| self.note_of_failure(rank).exists())
+        self.failed_ranks().next().is_some()
+    }
+
+    /// The ranks that have left a note.
+    fn failed_ranks(&self) -> impl Iterator<Item = usize> {
+        (0..self.ranks).filter(|&rank| self.note_of_failure(rank).exists())
+    }
+
+    /// Why a save was given up, where notes tell.
+    fn naming_ranks(&self, error: checkpoint::Error) -> checkpoint::Error {
+        let failed: Vec<String> = self.failed_ranks().map(|rank| rank.to_string()).collect();
+        if failed.is_empty() || !matches!(error, checkpoint::Error::Cancelled { .. }) {
+            return error;
+        }
+        checkpoint::Error::Save {
+            dir: self.folder.clone(),
+            detail: format!(
+                "rank {} could not write its part, its log says why",
+                failed.join(", rank ")
+            ),
+        }
     }
 
     /// Makes the parts a checkpoint.
@@ -320,8 +352,8 @@ impl SaveJob {
             &commit.meta,
             &commit.attachments,
             Waiting::until_cancelled(PARTS_TIMEOUT, given_up),
-        )?;
-        Ok(committed.bytes)
+        );
+        Ok(committed.map_err(|error| self.naming_ranks(error))?.bytes)
     }
 
     /// Lets old checkpoints go, now that there is this one.
@@ -342,6 +374,11 @@ impl SaveJob {
             dir: self.folder.clone(),
             detail: panicked.to_owned(),
         }
+    }
+
+    /// Clears away, on the leader, what a save that has failed has left.
+    pub(super) fn discard(&self) {
+        checkpoint::discard(&self.folder, &self.save_id);
     }
 
     /// The end of the save.
