@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 
 use oxitron_trainer::checkpoint::{self, Checkpoint, StateKind, folder_name};
 use oxitron_trainer::metrics::{Event, History};
-use support::{Fixture, ONE_STAGE, Output, TWO_STAGES, start_with};
+use rustix::process::{Pid, Signal, kill_process};
+use support::{Fixture, ONE_STAGE, Output, TWO_STAGES, run, start_with};
 
 /// Samples of a step.
 const BATCH: u64 = 4;
@@ -263,16 +264,17 @@ fn a_damaged_checkpoint_is_no_place_for_a_rank_to_go_back_to() {
     launch(&config, "never", 1, &["--set", &leave_out(&left_out)], "").done();
     let calm = figures(&fixture.path("never"));
 
-    let pause = format!("step::control={BEFORE}*off->1*return(sleep:4000)");
+    let pause = format!("step::control={BEFORE}*off->1*return(stop)");
     let damaged = |dir: &str, faults: &str| {
         let dir_key = format!("run.dir={dir}");
         let words = ["train", config.to_str().unwrap(), "--set", &dir_key];
         let faults = format!("{};{pause};{faults}", spike_at(SPIKE));
         let running = start_with(&words, &[("FAILPOINTS", &faults)]);
-        let run_dir = fixture.path(dir);
-        let folder = run_dir.join("checkpoints").join(folder_name(BEFORE));
-        wait_until(|| folder.join("manifest.json").exists());
-        damage_payload(&folder);
+        let process = running.child.id();
+        wait_until(|| is_stopped(process));
+        let checkpoints = fixture.path(dir).join("checkpoints");
+        damage_payload(&checkpoints.join(folder_name(BEFORE)));
+        kill_process(Pid::from_raw(process as i32).unwrap(), Signal::CONT).unwrap();
         running.wait()
     };
 
@@ -322,6 +324,12 @@ fn a_damaged_checkpoint_is_no_place_for_a_rank_to_go_back_to() {
     );
     launch(&config, "killed", 1, &[], "").done();
     assert_eq!(figures(&killed), calm);
+}
+
+/// Whether a process stands still, as SIGSTOP makes it.
+fn is_stopped(process: u32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap();
+    status.contains("\nState:\tT")
 }
 
 /// Turns a byte in the middle of the largest file of a checkpoint.
@@ -426,4 +434,53 @@ fn a_finished_run_on_ranks_trains_the_stage_that_is_added() {
     assert_eq!(figures(&grown), whole);
     let end = |dir: &str| state(&checkpoint(&fixture.path(dir), 8));
     assert!(end("grown") == end("whole"), "other weights");
+}
+
+/// The checkpoint to go back to may know the data as they were before they were changed.
+#[test]
+fn ranks_go_back_to_before_their_data_changed() {
+    let fixture = Fixture::new();
+    let config = fixture.config(GOES_BACK);
+    let kill = format!("step::control={}*off->1*return(kill@0)", BEFORE + 1);
+    launch(&config, "back", 2, &[], &kill).refused(1, &["SIGKILL"]);
+    copy_folder(&fixture.path("back"), &fixture.path("never"));
+
+    let corpus = fs::read_to_string(fixture.path("corpus.jsonl")).unwrap();
+    let (first, _) = corpus.split_at(corpus.rfind('{').unwrap());
+    fs::write(fixture.path("corpus.jsonl"), first).unwrap();
+    fs::remove_dir_all(fixture.path("shards")).unwrap();
+    let [corpus, tokenizer, shards] =
+        ["corpus.jsonl", "tokenizer", "shards"].map(|name| fixture.text(name));
+    let words = ["data", "tokenize", &corpus, "--tokenizer", &tokenizer];
+    run(&[&words[..], &["--out", &shards, "--threads", "1"]].concat()).done();
+
+    let allowed = ["--allow-data-change"];
+    let again = spike_at(SPIKE - BEFORE);
+    launch(&config, "back", 2, &allowed, &again).done();
+    let told = events(&fixture.path("back"));
+    let count = |wanted: fn(&Event) -> bool| told.iter().filter(|event| wanted(event)).count();
+    assert_eq!(count(|event| matches!(event, Event::Rollback { .. })), 1);
+    assert_eq!(
+        count(|event| matches!(event, Event::DataChanged { step: BEFORE, .. })),
+        2
+    );
+    let never = leave_out(&(BEFORE * BATCH..SPIKE * BATCH));
+    let never = [&allowed[..], &["--set", &never]].concat();
+    launch(&config, "never", 2, &never, "").done();
+    let calm = figures(&fixture.path("never"));
+    assert_eq!(calm.len() as u64, STEPS);
+    assert_eq!(figures(&fixture.path("back")), calm);
+}
+
+fn copy_folder(from: &Path, to: &Path) {
+    fs::create_dir(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy_folder(&entry.path(), &target);
+        } else {
+            fs::copy(entry.path(), target).unwrap();
+        }
+    }
 }

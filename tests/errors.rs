@@ -317,7 +317,8 @@ fn a_folder_that_cannot_be_written_is_refused() {
 
 /// Data that have changed are refused with the difference, or used on request, which is on record.
 #[test]
-fn changed_data_and_keys_are_refused_unless_they_are_allowed() {
+#[cfg(feature = "mpi")]
+fn changed_data_and_keys_are_refused_on_all_ranks_unless_they_are_allowed() {
     let fixture = Fixture::new();
     let more = ONE_STAGE
         .replace("short", "more")
@@ -344,7 +345,8 @@ fn changed_data_and_keys_are_refused_unless_they_are_allowed() {
     let remedy = ["restore the files", "--allow-data-change"];
     train(&config, &[]).refused(1, &[&lines[..], &remedy].concat());
     assert_eq!(fixture.metrics().len(), 6);
-    train(&config, &["--allow-data-change"]).done();
+    let launch = ["launch", config.to_str().unwrap(), "--ranks", "2"];
+    run(&[&launch[..], &["--allow-data-change"]].concat()).done();
     assert_eq!(fixture.metrics().len(), 10);
     assert!(fixture.path("run/dataset.lock.replaced-1").exists());
     let events = || fs::read_to_string(fixture.run_dir().join("events.jsonl")).unwrap();
