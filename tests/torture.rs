@@ -27,7 +27,7 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
-use kills::{Kill, Random, Victim};
+use kills::{Kill, Random, Victim, Visits};
 use rustix::process::{Pid, Signal, kill_process};
 use support::{Fixture, Output, start_with};
 use witness::{KEEP, Truth, Witness};
@@ -76,9 +76,9 @@ fn ranks_killed_at_any_byte_lose_nothing() {
         loop {
             let from = witness.newest();
             let passed = kill.is_at_the_switch() && torture.is_behind_the_switch(from);
-            let done = from == torture.truth.steps();
+            let done = from == STEPS;
             if !passed && !done {
-                let blow = Blow::draw(kill, &mut random, torture.truth.steps() - from, ease);
+                let blow = torture.draw(kill, &mut random, STEPS - from, ease);
                 let died = torture.attempt(&mut witness, Some(&blow));
                 println!(
                     "{:4}  run {runs}  step {from:2} to {:2}  {}  {blow}",
@@ -132,17 +132,6 @@ struct Blow {
 }
 
 impl Blow {
-    /// `ease` brings it forward so many times.
-    fn draw(kill: Kill, random: &mut Random, steps_left: u64, ease: u64) -> Self {
-        let visits = kill.visits_per_save() * steps_left.min(3);
-        Self {
-            kill,
-            visits: random.below(visits) / ease,
-            moment: (random.share() * (1.0 + OPENINGS) - OPENINGS) / ease as f64,
-            asynchronous: random.below(4) > 0,
-        }
-    }
-
     fn failpoints(&self) -> Option<String> {
         let Kill::Point(point, rank) = self.kill else {
             return None;
@@ -176,6 +165,7 @@ struct Torture {
     truth: Truth,
     /// From the start of the launcher to the first event of a run.
     opening: Duration,
+    visits: Visits,
 }
 
 impl Torture {
@@ -187,10 +177,41 @@ impl Torture {
         launch(&fixture, "calm", &keep_all, "", |_| {}).done();
         let truth = Truth::read(&fixture.path("calm"), STEPS);
         let opening = truth.began.duration_since(began).unwrap();
+        // Once more, as the runs that will be killed, which shows that it is the same every time.
+        let counting = Visits::counting();
+        let output = launch(&fixture, "counted", &saving(true), &counting, |_| {}).done();
+        let mut witness = Witness::new(fixture.path("counted"));
+        witness.look(&truth, "undisturbed");
+        witness.assert_finished(&truth);
         Self {
             fixture,
             truth,
             opening,
+            visits: Visits::read(&output.stderr),
+        }
+    }
+
+    /// When a kill comes, to a run that has so many steps left; `ease` brings it forward so many
+    /// times.
+    fn draw(&self, kill: Kill, random: &mut Random, steps_left: u64, ease: u64) -> Blow {
+        let saves = if kill.is_at_the_switch() {
+            1
+        } else {
+            steps_left.min(3)
+        };
+        let per_save = self.visits.of(kill).div_ceil(STEPS);
+        // Most of a save are the writes of its parts. Every other kill is for its end, where the
+        // small files are and last of all the manifest.
+        let visits = if random.below(2) == 0 {
+            random.below(per_save * saves)
+        } else {
+            per_save * (1 + random.below(saves)) - 1 - random.below(per_save.min(4))
+        };
+        Blow {
+            kill,
+            visits: visits / ease,
+            moment: (random.share() * (1.0 + OPENINGS) - OPENINGS) / ease as f64,
+            asynchronous: random.below(4) > 0,
         }
     }
 
@@ -207,15 +228,7 @@ impl Torture {
     /// One attempt, with a look at the run afterwards; true if it died of `blow`.
     fn attempt(&self, witness: &mut Witness, blow: Option<&Blow>) -> bool {
         let dir = witness.dir().file_name().unwrap().to_str().unwrap();
-        let sets = [
-            format!("checkpoint.every_steps={EVERY_STEPS}"),
-            "checkpoint.ephemeral_every_steps=1".to_owned(),
-            format!("checkpoint.keep={KEEP}"),
-            format!(
-                "checkpoint.async={}",
-                blow.is_none_or(|blow| blow.asynchronous)
-            ),
-        ];
+        let sets = saving(blow.is_none_or(|blow| blow.asynchronous));
         let failpoints = blow.and_then(Blow::failpoints).unwrap_or_default();
         let mut hit = false;
         let output = launch(&self.fixture, dir, &sets, &failpoints, |launcher| {
@@ -271,7 +284,7 @@ impl Torture {
                 );
                 std::thread::sleep(Duration::from_millis(2));
             }
-            let left = 1.0 - witness.newest() as f64 / self.truth.steps() as f64;
+            let left = 1.0 - witness.newest() as f64 / STEPS as f64;
             std::thread::sleep(self.truth.length.mul_f64(left * moment));
         }
         let ranks = ranks_of(&self.fixture.path("config.toml"));
@@ -303,6 +316,16 @@ impl Torture {
             std::thread::sleep(Duration::from_millis(5));
         }
     }
+}
+
+/// How the runs that are killed save.
+fn saving(asynchronous: bool) -> [String; 4] {
+    [
+        format!("checkpoint.every_steps={EVERY_STEPS}"),
+        "checkpoint.ephemeral_every_steps=1".to_owned(),
+        format!("checkpoint.keep={KEEP}"),
+        format!("checkpoint.async={asynchronous}"),
+    ]
 }
 
 /// Runs `oxitron launch` on two ranks; `meanwhile` gets the launcher's process.

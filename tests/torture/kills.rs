@@ -69,26 +69,47 @@ impl fmt::Display for Kill {
 }
 
 impl Kill {
-    /// About how often a run comes to the point in one save, in this rank. Only a scale for drawing:
-    /// a kill that does not come is drawn again.
-    pub fn visits_per_save(self) -> u64 {
-        let Self::Point(point, rank) = self else {
-            return 1;
-        };
-        let leads = rank == Some(0);
-        match point.split("::").nth(1) {
-            Some("write") => 36,
-            Some("create_file" | "sync_file" | "rename" | "sync_folder") if leads => 6,
-            Some("create_file" | "sync_file" | "rename" | "sync_folder") => 2,
-            Some("remove_file") => 6,
-            _ if self.is_at_the_switch() => 0,
-            _ => 1,
-        }
-    }
-
     /// Whether this is the switch of stages, which a run passes once.
     pub fn is_at_the_switch(self) -> bool {
         matches!(self, Self::Point(point, _) if STAGE.contains(&point))
+    }
+}
+
+/// How often a run comes to the points, by point and rank.
+pub struct Visits(BTreeMap<(&'static str, usize), u64>);
+
+impl Visits {
+    /// What must be in `FAILPOINTS` of the run: nothing happens at the points but that each visit is
+    /// a line on standard error.
+    pub fn counting() -> String {
+        let counted = points()
+            .into_iter()
+            .map(|point| format!("{point}=return(sleep:0)"));
+        counted.collect::<Vec<_>>().join(";")
+    }
+
+    /// Counts the lines.
+    pub fn read(stderr: &str) -> Self {
+        let mut visits = BTreeMap::new();
+        for point in points() {
+            for rank in 0..2 {
+                let line = format!("rank {rank}: fault at {point}: sleep:0");
+                let count = stderr.lines().filter(|&found| found == line).count();
+                visits.insert((point, rank), count as u64);
+            }
+        }
+        Self(visits)
+    }
+
+    /// How often the rank of a kill comes to its point; a kill that can never be is a mistake here.
+    pub fn of(&self, kill: Kill) -> u64 {
+        let visits = match kill {
+            Kill::Point(point, Some(rank)) => self.0[&(point, rank)],
+            Kill::Point(point, None) => self.0[&(point, 0)].max(self.0[&(point, 1)]),
+            Kill::Moment(_) => 1,
+        };
+        assert!(visits > 0, "a run never comes to {kill}");
+        visits
     }
 }
 
