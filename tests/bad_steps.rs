@@ -185,7 +185,8 @@ fn a_spike_on_a_rank_takes_the_run_back_to_before_it() {
     let config = fixture.config(GOES_BACK);
     let left_out = BEFORE * BATCH..SPIKE * BATCH;
     let spike = spike_at(SPIKE);
-    launch(&config, "back", 2, &[], &spike).done();
+    let beside = ["--set", "checkpoint.async=true"];
+    launch(&config, "back", 2, &beside, &spike).done();
     let back = fixture.path("back");
     let rollbacks: Vec<Event> = events(&back)
         .into_iter()
@@ -224,6 +225,14 @@ fn a_spike_on_a_rank_takes_the_run_back_to_before_it() {
     assert_eq!(figures(&back), calm);
     let end = |dir: &str| state(&checkpoint(&fixture.path(dir), STEPS));
     assert!(end("back") == end("never"), "other weights");
+
+    // Where the checkpoint cannot be changed, the next one says what is left out.
+    let full = format!("{spike};disk::rename::before=return(enospc@0#{SPIKE})");
+    launch(&config, "full", 2, &[], &full).done();
+    assert_eq!(left_out_at(&fixture.path("full"), BEFORE), [[0; 2]; 0]);
+    let told = left_out_at(&fixture.path("full"), 20);
+    assert_eq!(told, [[left_out.start, left_out.end]]);
+    assert_eq!(figures(&fixture.path("full")), calm);
 
     // Killed before the checkpoint is changed, the run comes to the spike again and decides again;
     // killed after it, it has decided.

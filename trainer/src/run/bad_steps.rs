@@ -106,7 +106,8 @@ impl Trainer<'_> {
     /// damaged.
     ///
     /// The samples are left out for good before anything else happens: the checkpoint's manifest is
-    /// rewritten. A run that is killed before that meets the same step again and decides again.
+    /// rewritten. A run that is killed before that meets the same step again and decides again; so
+    /// does one that could not write it and was killed before its next save.
     fn go_back(
         &mut self,
         bad: &BadStep,
@@ -116,6 +117,8 @@ impl Trainer<'_> {
         let dir = self.config.checkpoint.dir.clone();
         let folder = dir.join(checkpoint::folder_name(target.step));
         tracing::warn!("going back to {}: {bad}", folder.display());
+        // Loading may take as long as it does at the start.
+        self.watch.phase(Phase::Starting);
         let opened = Checkpoint::open(&folder).map_err(RunError::from);
         let checkpoint = self.ranks.together(opened)?;
         let watch = self.watch;
@@ -130,8 +133,14 @@ impl Trainer<'_> {
         self.take_over(&checkpoint)?;
         self.torn = false;
         self.progress.left_out.insert(leave_out.clone());
-        let amended = self.abandon_later(&folder, target.step);
-        self.ranks.together(amended)?;
+        if let Err(error) = self.abandon_later(&folder, target.step) {
+            tracing::error!(
+                "{}: what is left out cannot be written down; the next save does it, and until \
+                 then a restart comes to the same step again: {error}",
+                folder.display()
+            );
+        }
+        self.ranks.together(Ok(()))?;
         self.reopen_dataset(&checkpoint)?;
         self.open_exchanges()?;
         self.watch.begin(target.step)?;
