@@ -259,6 +259,9 @@ fn a_run_directory_that_vanishes_takes_no_rank_with_it() {
     running.wait().done();
     assert_eq!(newest_sound(&run_dir), STEPS);
     assert_eq!(*steps(&run_dir).last().unwrap(), STEPS);
+    // What is said from then on is in new logs.
+    let log = fs::read_to_string(run_dir.join("logs/rank-0000.log")).unwrap();
+    assert!(log.contains(&format!("step {STEPS} durable")), "{log}");
 }
 
 /// Where only one rank cannot write, the others do not wait for it.

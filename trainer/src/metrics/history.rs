@@ -197,6 +197,8 @@ pub fn next_attempt(run_dir: &Path) -> Result<u32, MetricsError> {
 #[derive(Debug)]
 pub struct StepFollower {
     path: PathBuf,
+    /// The file that the rest is about: if it is removed, a new one begins.
+    file: Option<(u64, u64)>,
     /// Bytes of whole lines handed out so far.
     offset: u64,
     lines: usize,
@@ -207,6 +209,7 @@ impl StepFollower {
     pub fn new(run_dir: &Path) -> Self {
         Self {
             path: run_dir.join(METRICS_FILE),
+            file: None,
             offset: 0,
             lines: 0,
         }
@@ -239,8 +242,13 @@ impl StepFollower {
     }
 
     /// The bytes past the offset, up to the last line break.
-    fn fresh_lines(&self) -> std::io::Result<Vec<u8>> {
+    fn fresh_lines(&mut self) -> std::io::Result<Vec<u8>> {
         let mut file = File::open(&self.path)?;
+        let identity = jsonl::identity(&file.metadata()?);
+        if self.file.replace(identity) != Some(identity) {
+            self.offset = 0;
+            self.lines = 0;
+        }
         file.seek(SeekFrom::Start(self.offset))?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes)?;

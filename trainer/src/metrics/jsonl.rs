@@ -165,14 +165,7 @@ impl JsonLog {
 
     /// Makes the file anew if somebody has removed it: what is written to it is lost otherwise.
     pub(super) fn reopen_if_removed(&mut self) -> Result<(), MetricsError> {
-        use std::os::unix::fs::MetadataExt as _;
-        let same = |found: &std::fs::Metadata, open: &std::fs::Metadata| {
-            (found.dev(), found.ino()) == (open.dev(), open.ino())
-        };
-        let open = self.file.metadata();
-        if let (Ok(found), Ok(open)) = (std::fs::metadata(&self.path), &open)
-            && same(&found, open)
-        {
+        if is_at(&self.file, &self.path) {
             return Ok(());
         }
         if let Some(folder) = self.path.parent() {
@@ -211,6 +204,19 @@ impl JsonLog {
         );
         self.file.set_len(start)
     }
+}
+
+/// Whether an open file is the one at `path`, and not one that has been removed since.
+pub(super) fn is_at(file: &File, path: &Path) -> bool {
+    let open = file.metadata().map(|open| identity(&open));
+    let found = std::fs::metadata(path).map(|found| identity(&found));
+    matches!((open, found), (Ok(open), Ok(found)) if open == found)
+}
+
+/// What tells a file from all others while it exists.
+pub(super) fn identity(data: &std::fs::Metadata) -> (u64, u64) {
+    use std::os::unix::fs::MetadataExt as _;
+    (data.dev(), data.ino())
 }
 
 /// The bytes after the last line break, and where they start.

@@ -18,6 +18,8 @@ use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::util::{SubscriberInitExt, TryInitError};
 
+use super::jsonl;
+
 /// Environment variable that says what is logged.
 pub const LOG_VARIABLE: &str = "OXITRON_LOG";
 
@@ -86,7 +88,7 @@ where
         text: filter.to_owned(),
         source,
     })?;
-    // A Mutex around a bare File: each line is one write, nothing waits in a buffer.
+    // A Mutex around a file without a buffer: each line is one write, nothing waits.
     let to_file = tracing_subscriber::fmt::layer()
         .with_ansi(false)
         .with_writer(Mutex::new(file));
@@ -105,7 +107,28 @@ where
         .with(to_file))
 }
 
-fn open_log(path: &Path) -> Result<File, LogError> {
+/// A log that goes on in a new file when somebody removes the one that it was.
+struct LogFile {
+    path: PathBuf,
+    file: File,
+}
+
+impl io::Write for LogFile {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        if !jsonl::is_at(&self.file, &self.path)
+            && let Ok(anew) = open_log(&self.path)
+        {
+            self.file = anew.file;
+        }
+        self.file.write(line)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+fn open_log(path: &Path) -> Result<LogFile, LogError> {
     let at = |path: &Path| {
         let path = path.to_owned();
         move |source| LogError::Open { path, source }
@@ -113,11 +136,15 @@ fn open_log(path: &Path) -> Result<File, LogError> {
     if let Some(folder) = path.parent() {
         fs::create_dir_all(folder).map_err(at(folder))?;
     }
-    OpenOptions::new()
+    let file = OpenOptions::new()
         .append(true)
         .create(true)
         .open(path)
-        .map_err(at(path))
+        .map_err(at(path))?;
+    Ok(LogFile {
+        path: path.to_owned(),
+        file,
+    })
 }
 
 #[cfg(test)]

@@ -190,4 +190,15 @@ fn a_follower_sees_each_whole_line_once() {
     assert!(follower.poll().unwrap().is_empty());
     file.write_all(tail.as_bytes()).unwrap();
     assert_eq!(follower.poll().unwrap(), [step(3, 3.0)]);
+    // Removed under the run, which writes a new one with the next save.
+    fs::remove_file(&path).unwrap();
+    for k in 4..=9 {
+        writer.step(&step(k, 1.0));
+    }
+    writer.sync();
+    for k in 10..=19 {
+        writer.step(&step(k, 1.0));
+    }
+    let anew: Vec<u64> = follower.poll().unwrap().iter().map(|r| r.step).collect();
+    assert_eq!(anew, (10..=19).collect::<Vec<_>>());
 }
