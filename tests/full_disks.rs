@@ -202,7 +202,7 @@ fn the_ranks_train_on_while_the_disk_of_checkpoints_fails() {
     assert!(anew < STEPS, "the run was over before the test");
     running.wait().done();
     assert_eq!(newest_sound(&checkpoints), STEPS);
-    assert_eq!(leftovers(&checkpoints), [PathBuf::new(); 0]);
+    assert_eq!(leftovers(&checkpoints), Vec::<PathBuf>::new());
     assert_eq!(steps(&run_dir), (1..=STEPS).collect::<Vec<_>>());
     let log = fs::read_to_string(run_dir.join("logs/rank-0000.log")).unwrap();
     assert!(
@@ -241,7 +241,10 @@ fn figures_that_a_rank_had_no_room_for_come_later() {
     assert!(!events(&run_dir, "save_failed").is_empty());
     assert_eq!(events(&run_dir, "stop").len(), 1);
     assert_eq!(newest_sound(&run_dir), STEPS);
-    assert_eq!(leftovers(&run_dir.join("checkpoints")), [PathBuf::new(); 0]);
+    assert_eq!(
+        leftovers(&run_dir.join("checkpoints")),
+        Vec::<PathBuf>::new()
+    );
 }
 
 #[test]
@@ -289,7 +292,10 @@ fn one_rank_s_full_disk_costs_one_save() {
     let durable = events(&run_dir, "save_durable");
     let durable: Vec<&Value> = durable.iter().map(|event| &event["step"]).collect();
     assert_eq!(durable, [4, 12, 16, 20]);
-    assert_eq!(leftovers(&run_dir.join("checkpoints")), [PathBuf::new(); 0]);
+    assert_eq!(
+        leftovers(&run_dir.join("checkpoints")),
+        Vec::<PathBuf>::new()
+    );
     let log = fs::read_to_string(run_dir.join("logs/rank-0001.log")).unwrap();
     assert!(
         log.contains("step 8 could not be saved") && log.contains("No space left"),
