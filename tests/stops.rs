@@ -95,7 +95,7 @@ fn ranks_stop_together_whichever_is_asked_and_when() {
     assert_stops_and_goes_on(&fixture, running, "all");
     assert_eq!(resumed_after(&fixture.path("all")), 3);
 
-    let running = begin("save", "disk::write::before=return(sleep:500)", &[]);
+    let running = begin("save", "disk::write::before=return(sleep:30)", &[]);
     let run_dir = fixture.path("save");
     wait_for_event(&run_dir, "save_staged", |event| event["step"] == 3);
     signal(rank_of(&config, 3), Signal::TERM);
@@ -113,7 +113,7 @@ fn ranks_stop_together_whichever_is_asked_and_when() {
     assert_eq!(switches[1]["attempt"], 2, "{switches:?}");
 
     let slow = "step::forward=return(sleep:200)";
-    let running = begin("limit", slow, &["--set", "run.time_limit=2"]);
+    let running = begin("limit", slow, &["--set", "run.time_limit=1"]);
     assert_stops_and_goes_on(&fixture, running, "limit");
     assert!(resumed_after(&fixture.path("limit")) < STEPS);
 
@@ -257,7 +257,7 @@ fn a_second_signal_ends_ranks_at_once_and_harms_nothing() {
         run(&arguments(&config, alone, calm, &[])).done();
         let again = arguments(&config, alone, dir, &[]);
         // In the middle of the save after step 4, with the one after step 3 complete.
-        let faults = "disk::write::before=return(sleep:300);step::forward=return(sleep:800#4)";
+        let faults = "disk::write::before=return(sleep:40)";
         let running = start_with_faults(&again, faults);
         let run_dir = fixture.path(dir);
         wait_for_event(&run_dir, "save_durable", |event| event["step"] == 3);

@@ -104,7 +104,6 @@ impl<'a> Trainer<'a> {
             attempt,
             parent: None,
             stops: ranks.together(stops)?,
-            stop_noted: false,
             saver: ranks.together(saver)?,
             saves: 0,
             save_failed: false,

@@ -7,6 +7,7 @@ use oxitron_kernels::{RopeTable, adamw::AdamW, norm::SumOfSquares};
 use super::{
     RunError,
     control::{self, Agreement, Contribution, Flags, Verdict},
+    stops::Stops,
     trace::Tracer,
     watch::Watch,
 };
@@ -27,8 +28,10 @@ pub(super) struct Step<'a> {
     pub(super) clip_norm: f64,
     /// Watches loss and gradient norm, where a spike has consequences.
     pub(super) spikes: Option<&'a mut Spikes>,
-    /// What this rank tells the others.
+    /// What this rank tells the others, but for requests to stop.
     pub(super) flags: Flags,
+    /// Who may ask the run to stop; absent in tests of single steps.
+    pub(super) stops: Option<&'a Stops>,
     /// Counted from 1 over the whole run.
     pub(super) number: u64,
     /// Absent where nobody watches, in tests of single steps.
@@ -65,10 +68,15 @@ impl Step<'_> {
             match action {
                 Action::Norm { piece } => gradient += self.pass.zero.sum_of_squares(piece)?,
                 Action::Control => {
+                    // As late as can be: a request in the middle of a step is answered after it.
+                    let asked = self.stops.is_some_and(Stops::requested);
                     let mine = Contribution {
                         loss,
                         gradient,
-                        flags: self.flags,
+                        flags: Flags {
+                            stop_requested: asked,
+                            ..self.flags
+                        },
                     }
                     .with_faults();
                     agreement = control::agree(self.world, mine, &mut self.pass.zero.clock)?;

@@ -105,8 +105,6 @@ pub(super) struct Trainer<'a> {
     /// The checkpoint that this attempt goes on from, later the newest it has written.
     pub(super) parent: Option<String>,
     pub(super) stops: Stops,
-    /// The log says that somebody has asked to stop.
-    pub(super) stop_noted: bool,
     pub(super) saver: Saver,
     /// Saves begun in this attempt.
     pub(super) saves: u64,
@@ -316,6 +314,7 @@ impl<'a> Trainer<'a> {
             clip_norm: optimizer.clip_norm,
             spikes: self.bad_steps.watches_spikes().then_some(&mut self.spikes),
             flags,
+            stops: Some(&self.stops),
             number,
             watch: Some(self.watch),
             tracer: &mut self.tracer,
@@ -342,19 +341,12 @@ impl<'a> Trainer<'a> {
         })
     }
 
-    /// What this rank has to tell the others in the step's agreement.
+    /// What this rank has to tell the others in the step's agreement, as far as it is known when
+    /// the step begins.
     fn flags(&mut self) -> Flags {
         self.look_after_saves();
-        let stop_requested = self.stops.requested();
-        if stop_requested && !self.stop_noted {
-            self.stop_noted = true;
-            tracing::info!(
-                "asked to stop, which happens after the step that begins now: {}",
-                self.stop_reason()
-            );
-        }
         Flags {
-            stop_requested,
+            stop_requested: false,
             saving: self.saver.busy(),
             save_failed: std::mem::take(&mut self.save_failed),
         }
@@ -384,6 +376,9 @@ impl<'a> Trainer<'a> {
         if flags.save_failed {
             // A part will never come.
             self.saver.give_up();
+        }
+        if flags.stop_requested {
+            tracing::info!("asked to stop after this step: {}", self.stop_reason());
         }
     }
 

@@ -160,6 +160,7 @@ impl Runner {
             clip_norm: self.clip_norm,
             spikes: None,
             flags: Flags::default(),
+            stops: None,
             number: self.adam_step + 1,
             watch: None,
             tracer: &mut self.tracer,
