@@ -108,7 +108,7 @@ fn a_job_that_fails_twice_is_started_again_and_its_restarts_are_on_record() {
     let mut recorder = Recorder::new();
     // Each attempt leaves a trace, as a run does.
     let trace = "{\\\"unix_seconds\\\":1,\\\"attempt\\\":$n,\\\"event\\\":\\\"skip\\\",\
-                 \\\"step\\\":1,\\\"reason\\\":\\\"\\\"}";
+                 \\\"step\\\":1,\\\"reason\\\":\\\"\\\",\\\"first_sample\\\":0,\\\"end_sample\\\":4}";
     let script = format!(
         "[ $rank = 1 ] && echo \"{trace}\" >>\"$1/events.jsonl\"; \
          [ $rank = 1 ] && [ $n = 1 ] && echo 'oxitron: no disk' >&2 && exit 1; \
