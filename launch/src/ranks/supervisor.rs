@@ -126,7 +126,7 @@ impl Requests {
 pub fn supervise(job: &Job, view: &mut dyn View, requests: &mut Requests) -> Result<Ending> {
     let mut family = Family::start(job)?;
     let mut heard = Heard::default();
-    let mut passed_on = 0;
+    let (mut passed_on, mut asked) = (0, false);
     let mut deadline: Option<Instant> = None;
     let status = loop {
         match family.lines.recv_timeout(TICK) {
@@ -140,10 +140,15 @@ pub fn supervise(job: &Job, view: &mut dyn View, requests: &mut Requests) -> Res
             passed_on += 1;
             if passed_on == 1 {
                 view.stopping();
-                family.signal(Signal::USR1);
             } else {
                 family.kill();
             }
+        }
+        // A rank that is still being loaded would die of the signal. None gets past the start of MPI
+        // before all are there, so once one speaks all can hear.
+        if passed_on > 0 && !asked && heard.someone_spoke {
+            asked = true;
+            family.signal(Signal::USR1);
         }
         if let Some(status) = family.child.try_wait().context("cannot wait for mpirun")? {
             break status;
