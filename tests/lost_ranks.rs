@@ -147,7 +147,7 @@ fn a_rank_that_hangs_in_a_step_is_named_with_those_who_wait_for_it() {
         let log = fixture.run_dir().join(format!("logs/rank-000{rank}.log"));
         let log = fs::read_to_string(log).unwrap();
         // The stack of the thread that takes the steps.
-        assert_words(&log, &["oxitron_trainer::run::step"]);
+        assert_words(&log, &["run at ", "trainer/src/run/step.rs:"]);
     }
     wait_until_gone(&config);
     assert_same_bits(&fixture, "calm", "run", STEPS);
@@ -288,10 +288,15 @@ fn ranks_go_on_by_themselves_when_a_host_is_cut_off_for_good() {
         cut.elapsed()
     );
     let output = running.wait().done();
-    println!("{}", output.stderr);
     assert_words(
         &output.stderr,
         &["starting on 2 of 4 ranks, without 10.98.0.2"],
+    );
+    // The ranks that nobody can reach any more have found out, too.
+    let log = fixture.run_dir().join("logs/rank-0002.log");
+    assert_words(
+        &fs::read_to_string(log).unwrap(),
+        &["the run is lost: watchdog: lost rank 0 ("],
     );
     wait_until_gone(&config);
     let resumes = events(&fixture.run_dir(), "resume");
