@@ -45,7 +45,7 @@ torture: setup ## a run killed 200 times, mostly while it saves, and 500 changes
 
 check: setup ## formatting, lints, documentation links, licences
 	cargo fmt --all --check
-	cargo clippy $(CARGO_FLAGS) --workspace --all-targets -- -D warnings
+	cargo clippy $(CARGO_FLAGS) --workspace --all-targets --features oxitron/faults -- -D warnings
 	cargo clippy $(CARGO_FLAGS) -p oxitron -p oxitron-trainer --no-default-features -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc $(CARGO_FLAGS) --workspace --no-deps
 ifneq ($(call have,cargo-deny),)

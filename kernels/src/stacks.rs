@@ -67,7 +67,7 @@ pub fn capture() -> Vec<ThreadStack> {
     let mut silent = 0;
     // All are asked before any name is looked up, which takes longer: the stacks then belong to one
     // moment, nearly.
-    let asked: Vec<(ThreadStack, Vec<usize>)> = threads
+    let asked: Vec<_> = threads
         .into_iter()
         .map(|id| {
             let mut thread = of_the_kernel(id);
