@@ -94,6 +94,42 @@ fn stages_switch_by_themselves_with_a_checkpoint_and_validation() {
     assert_eq!(kept, 2);
 }
 
+/// A damaged checkpoint is passed over with a word, and is not in the way of the older ones that the
+/// run goes on to write.
+#[test]
+fn a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used() {
+    let fixture = Fixture::new();
+    let config = fixture.config(&format!("{SAVE_OFTEN}{TWO_STAGES}"));
+    train(&config, &["--set", "run.dir=calm"]).done();
+    train(&config, &[]).done();
+    let run_dir = fixture.run_dir();
+    let checkpoints = run_dir.join("checkpoints");
+    let part = fs::read_dir(checkpoints.join("step-00000008")).unwrap();
+    let part = part
+        .map(|entry| entry.unwrap().path())
+        .find(|path| path.extension().is_some_and(|kind| kind == "safetensors"))
+        .unwrap();
+    let mut bytes = fs::read(&part).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&part, bytes).unwrap();
+
+    // The next attempt stops after one step, before the step of the damaged one.
+    fs::write(run_dir.join("stop"), "").unwrap();
+    let output = train(&config, &[]);
+    assert_eq!(output.code, Some(75), "{}", output.stderr);
+    let rejected = events(&run_dir, "checkpoint_rejected");
+    assert_eq!(rejected.len(), 1);
+    assert_eq!(rejected[0]["step"], 8);
+    assert!(checkpoints.join("damaged-step-00000008").is_dir());
+    assert!(!checkpoints.join("step-00000008").exists());
+    assert!(checkpoints.join("step-00000005/manifest.json").is_file());
+
+    train(&config, &[]).done();
+    assert_eq!(events(&run_dir, "resume")[1]["step"], 5);
+    assert_eq!(losses(&run_dir), losses(&fixture.path("calm")));
+}
+
 /// One, two and four processes, and a run that changes from one to two on its way.
 #[test]
 fn ranks_as_processes_train_the_same_model() {

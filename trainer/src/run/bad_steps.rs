@@ -4,11 +4,7 @@
 use std::ops::Range;
 
 use super::{
-    RunError,
-    control::Agreement,
-    feed::StepData,
-    open::open_dataset,
-    restore::{read_state, set_aside},
+    RunError, control::Agreement, feed::StepData, open::open_dataset, restore::read_state,
     trainer::Trainer,
 };
 use crate::checkpoint::{self, Checkpoint, Scrutiny, SkippedRange};
@@ -126,7 +122,6 @@ impl Trainer<'_> {
         // From here until everything is taken over, tensors and counters are of different steps.
         self.torn = true;
         if let Some(reason) = read_state(&mut self.zero, &checkpoint, &self.ranks, true, alive)? {
-            set_aside(&self.ranks, checkpoint.dir())?;
             self.reject(target.step, reason);
             return Ok(false);
         }

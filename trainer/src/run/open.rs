@@ -246,7 +246,6 @@ impl Begun {
                     let alive = || watch.phase(Phase::Starting);
                     let verify = !options.no_verify;
                     if let Some(reason) = read_state(&mut zero, checkpoint, ranks, verify, alive)? {
-                        set_aside(ranks, checkpoint.dir())?;
                         rejected.push((checkpoint.meta().step, reason));
                         continue;
                     }
@@ -261,6 +260,11 @@ impl Begun {
                 }),
             };
             ranks.together(filled)?;
+            // Only now: where none is sound, all stay where the next start looks for them.
+            for (step, _) in &rejected {
+                let name = checkpoint::folder_name(*step);
+                set_aside(ranks, &config.checkpoint.dir.join(name))?;
+            }
             return Ok(Self {
                 origin,
                 dtype,

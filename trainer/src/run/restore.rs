@@ -52,12 +52,13 @@ pub(super) fn read_state(
     Ok((!sound).then(|| damage.unwrap_or_else(elsewhere)))
 }
 
-/// Takes a checkpoint that a rank has found damaged out of the run, on the leader.
+/// Takes a checkpoint that a rank has found damaged out of the run, on the leader: it would look
+/// newer than those that the run goes on to write.
 pub(super) fn set_aside(ranks: &Ranks, dir: &Path) -> Result<(), RunError> {
     let moved = if ranks.leads() {
         checkpoint::set_aside(dir).map(|aside| {
             tracing::error!(
-                "the damaged checkpoint lies in {} now; an older one is tried",
+                "the damaged checkpoint lies in {} now; the run goes on from an older one",
                 aside.display()
             );
         })
