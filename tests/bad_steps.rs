@@ -10,9 +10,10 @@ use std::ops::Range;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use oxitron_trainer::checkpoint::{self, Checkpoint, StateKind, folder_name};
+use oxitron_trainer::checkpoint::{self, Checkpoint, folder_name};
 use oxitron_trainer::metrics::{Event, History};
 use rustix::process::{Pid, Signal, kill_process};
+use support::runs::{checkpoint, tensors};
 use support::{Fixture, ONE_STAGE, Output, TWO_STAGES, run, start_with};
 
 /// Samples of a step.
@@ -79,25 +80,6 @@ fn events(run_dir: &Path) -> Vec<Event> {
         .collect()
 }
 
-fn checkpoint(run_dir: &Path, step: u64) -> Checkpoint {
-    Checkpoint::open(run_dir.join("checkpoints").join(folder_name(step))).unwrap()
-}
-
-/// Everything that an update changes: master weights and moments, to the bit.
-fn state(checkpoint: &Checkpoint) -> Vec<u32> {
-    let mut bits = Vec::new();
-    for tensor in checkpoint.tensors() {
-        for state in [StateKind::Master, StateKind::ExpAvg, StateKind::ExpAvgSq] {
-            let mut values = vec![0.0; tensor.shape.iter().product()];
-            checkpoint
-                .read(&tensor.name, state, 0..values.len(), &mut values)
-                .unwrap();
-            bits.extend(values.iter().map(|value| value.to_bits()));
-        }
-    }
-    bits
-}
-
 /// One rank's loss or gradient that is not a number is nobody's update.
 #[test]
 fn what_is_not_finite_on_one_rank_changes_no_weight_on_any() {
@@ -115,11 +97,11 @@ fn what_is_not_finite_on_one_rank_changes_no_weight_on_any() {
 
         let [before, skipped, after] = [4, 5, 6].map(|step| checkpoint(&run_dir, step));
         assert!(
-            state(&before) == state(&skipped),
+            tensors(&before) == tensors(&skipped),
             "{point}: step 5 changed something"
         );
         assert!(
-            state(&skipped) != state(&after),
+            tensors(&skipped) != tensors(&after),
             "{point}: step 6 changed nothing"
         );
         let adam = |checkpoint: &Checkpoint| checkpoint.meta().schedule.adam_step;
@@ -223,7 +205,7 @@ fn a_spike_on_a_rank_takes_the_run_back_to_before_it() {
     let calm = figures(&fixture.path("never"));
     assert_eq!(calm.len() as u64, STEPS);
     assert_eq!(figures(&back), calm);
-    let end = |dir: &str| state(&checkpoint(&fixture.path(dir), STEPS));
+    let end = |dir: &str| tensors(&checkpoint(&fixture.path(dir), STEPS));
     assert!(end("back") == end("never"), "other weights");
 
     // Where the checkpoint cannot be changed, the next one says what is left out.
@@ -441,7 +423,7 @@ fn a_finished_run_on_ranks_trains_the_stage_that_is_added() {
     let whole = figures(&fixture.path("whole"));
     assert_eq!(whole.len(), 8);
     assert_eq!(figures(&grown), whole);
-    let end = |dir: &str| state(&checkpoint(&fixture.path(dir), 8));
+    let end = |dir: &str| tensors(&checkpoint(&fixture.path(dir), 8));
     assert!(end("grown") == end("whole"), "other weights");
 }
 

@@ -9,11 +9,10 @@
 
 mod support;
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use oxitron_trainer::checkpoint::{Checkpoint, StateKind};
+use support::runs::{checkpoint, tensors};
 use support::{Fixture, start_with};
 
 /// Samples of a batch: a number that 1, 2, 3 and 4 ranks divide.
@@ -28,7 +27,6 @@ const BASE: &str = r#"
 fraction = 0.0
 
 [checkpoint]
-every_steps = 1
 keep = 100
 async = false
 
@@ -74,7 +72,10 @@ fn train(fixture: &Fixture, dir: &str, (ranks, zero_stage, shard): Mesh, dies: b
     for set in &sets {
         arguments.extend(["--set", set]);
     }
+    // The save that the others load, and the ones that tell what they have made of it.
     let step = SAVED + 1;
+    let every = format!("checkpoint.every_steps={}", if dies { SAVED } else { step });
+    arguments.extend(["--set", &every]);
     let fault = if dies {
         format!("step::forward=return(kill#{step})")
     } else {
@@ -98,25 +99,6 @@ fn losses(run_dir: &Path) -> Vec<f64> {
     records
         .map(|record| record["loss"].as_f64().unwrap())
         .collect()
-}
-
-/// All tensors of the checkpoint of a step, as bits.
-fn tensors(run_dir: &Path, step: u64) -> BTreeMap<(String, StateKind), Vec<u32>> {
-    let folder = run_dir.join(format!("checkpoints/step-{step:08}"));
-    let checkpoint = Checkpoint::open(folder).unwrap();
-    let mut found = BTreeMap::new();
-    for tensor in checkpoint.tensors() {
-        for stored in &tensor.states {
-            let mut values = vec![f32::NAN; tensor.shape.iter().product()];
-            let all = 0..values.len();
-            checkpoint
-                .read(&tensor.name, stored.state, all, &mut values)
-                .unwrap();
-            let bits = values.into_iter().map(f32::to_bits).collect();
-            found.insert((tensor.name.clone(), stored.state), bits);
-        }
-    }
-    found
 }
 
 fn copy(from: &Path, to: &Path) {
@@ -144,14 +126,17 @@ fn ranks_as_processes_load_what_others_saved() {
     for (old, others) in PAIRS {
         let saved = format!("saved-{}-{}-{}", old.0, old.1, old.2);
         train(&fixture, &saved, old, true);
-        let before = tensors(&fixture.path(&saved), SAVED);
+        let before = tensors(&checkpoint(&fixture.path(&saved), SAVED));
         for new in others {
             let pair = format!("{old:?} to {new:?}");
             let dir = format!("{saved}-on-{}-{}-{}", new.0, new.1, new.2);
             copy(&fixture.path(&saved), &fixture.path(&dir));
             train(&fixture, &dir, new, false);
             let run_dir = fixture.path(&dir);
-            assert!(tensors(&run_dir, SAVED + 1) == before, "{pair}: other bits");
+            assert!(
+                tensors(&checkpoint(&run_dir, SAVED + 1)) == before,
+                "{pair}: other bits"
+            );
             let after = losses(&run_dir);
             assert_eq!(after.len(), calm.len(), "{pair}");
             for (a, b) in calm.iter().zip(&after) {
@@ -160,7 +145,7 @@ fn ranks_as_processes_load_what_others_saved() {
                 worst = worst.max(error);
             }
             assert!(
-                tensors(&run_dir, steps) != before,
+                tensors(&checkpoint(&run_dir, steps)) != before,
                 "{pair}: nothing was learnt"
             );
         }

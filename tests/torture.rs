@@ -29,6 +29,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use kills::{Kill, Random, Victim, Visits};
 use rustix::process::{Pid, Signal, kill_process};
+use support::runs::ranks_of;
 use support::{Fixture, Output, start_with};
 use witness::{KEEP, Truth, Witness};
 
@@ -343,29 +344,4 @@ fn launch(
     let running = start_with(&words, &[("FAILPOINTS", failpoints)]);
     meanwhile(running.child.id());
     running.wait()
-}
-
-/// The processes that train by this config, with their rank.
-fn ranks_of(config: &Path) -> Vec<(u32, usize)> {
-    let config = config.canonicalize().unwrap();
-    let rank = |folder: &Path| {
-        let words = |name: &str| {
-            let bytes = fs::read(folder.join(name)).unwrap_or_default();
-            String::from_utf8_lossy(&bytes).into_owned()
-        };
-        let command = words("cmdline");
-        let ours = command.split('\0').nth(1) == Some("train")
-            && command.contains(config.to_str().unwrap());
-        let environment = ours.then(|| words("environ"))?;
-        let rank = environment
-            .split('\0')
-            .find_map(|line| line.strip_prefix("OMPI_COMM_WORLD_RANK="));
-        rank?.parse().ok()
-    };
-    let entries = fs::read_dir("/proc").unwrap().flatten();
-    let found = entries.filter_map(|entry| {
-        let pid = entry.file_name().to_str()?.parse().ok()?;
-        Some((pid, rank(&entry.path())?))
-    });
-    found.collect()
 }

@@ -5,6 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use oxitron_trainer::checkpoint::{Checkpoint, StateKind, folder_name};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
@@ -83,6 +84,25 @@ pub fn events(run_dir: &Path, kind: &str) -> Vec<Value> {
         .lines()
         .map(|line| serde_json::from_str::<Value>(line).unwrap());
     records.filter(|record| record["event"] == kind).collect()
+}
+
+/// All tensors of a checkpoint, master weights and moments, as bits.
+pub fn tensors(checkpoint: &Checkpoint) -> BTreeMap<(String, StateKind), Vec<u32>> {
+    let mut found = BTreeMap::new();
+    for tensor in checkpoint.tensors() {
+        for stored in &tensor.states {
+            let values = checkpoint.read_whole(&tensor.name, stored.state).unwrap();
+            let bits = values.into_iter().map(f32::to_bits).collect();
+            found.insert((tensor.name.clone(), stored.state), bits);
+        }
+    }
+    found
+}
+
+/// The checkpoint after a step of a run.
+#[track_caller]
+pub fn checkpoint(run_dir: &Path, step: u64) -> Checkpoint {
+    Checkpoint::open(run_dir.join("checkpoints").join(folder_name(step))).unwrap()
 }
 
 /// The last weights of a run, to the bit.

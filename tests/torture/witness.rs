@@ -5,8 +5,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use oxitron_trainer::checkpoint::{Checkpoint, ManifestMeta, Purpose, folder_name};
+use oxitron_trainer::checkpoint::{Checkpoint, ManifestMeta, Purpose, StateKind, folder_name};
 use oxitron_trainer::metrics::{Event, History, StepRecord, next_attempt};
+
+use super::support::runs::tensors;
 
 /// `checkpoint.keep` of the runs that are killed.
 pub const KEEP: usize = 2;
@@ -18,7 +20,7 @@ type Figures = (String, [u64; 6]);
 /// the state of the run.
 #[derive(PartialEq)]
 struct Content {
-    values: BTreeMap<String, Vec<u32>>,
+    values: BTreeMap<(String, StateKind), Vec<u32>>,
     meta: ManifestMeta,
 }
 
@@ -76,19 +78,8 @@ fn figures(record: &StepRecord) -> Figures {
 }
 
 fn content(checkpoint: &Checkpoint) -> Content {
-    let mut values = BTreeMap::new();
-    for tensor in checkpoint.tensors() {
-        let count = tensor.shape.iter().product();
-        assert_eq!(tensor.states.len(), 3, "{}", tensor.name);
-        for state in &tensor.states {
-            let mut elements = vec![0.0; count];
-            checkpoint
-                .read(&tensor.name, state.state, 0..count, &mut elements)
-                .unwrap();
-            let bits = elements.iter().map(|value: &f32| value.to_bits()).collect();
-            values.insert(format!("{} {}", tensor.name, state.state), bits);
-        }
-    }
+    let values = tensors(checkpoint);
+    assert_eq!(values.len(), 3 * checkpoint.tensors().len());
     // What belongs to an attempt and not to the run.
     let meta = ManifestMeta {
         run_id: String::new(),

@@ -68,6 +68,7 @@ mod leftovers;
 mod manifest;
 mod open;
 pub(crate) mod payload;
+mod read;
 mod retention;
 mod save;
 mod seal;

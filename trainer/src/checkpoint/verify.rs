@@ -1,6 +1,6 @@
 //! Comparing a checkpoint's files with their checksums, wholly or where nobody else looks.
 
-use super::open::LoadedChunk;
+use super::read::LoadedChunk;
 use super::{Checkpoint, Error, StateKind};
 
 impl Checkpoint {

@@ -103,10 +103,8 @@ pub(super) fn read_all(dir: &Path) -> Result<(), Error> {
     let checkpoint = Checkpoint::open(dir)?;
     checkpoint.verify(&mut |_, _| {})?;
     for tensor in checkpoint.tensors() {
-        let count = tensor.shape.iter().product();
-        let mut out = vec![0.0; count];
-        for state in &tensor.states {
-            checkpoint.read(&tensor.name, state.state, 0..count, &mut out)?;
+        for stored in &tensor.states {
+            checkpoint.read_whole(&tensor.name, stored.state)?;
         }
     }
     Ok(())

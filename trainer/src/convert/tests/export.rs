@@ -33,14 +33,11 @@ fn import_export_import_is_bit_equal() {
             );
             assert_eq!(a.meta(), b.meta());
             for tensor in a.tensors() {
-                let count: usize = tensor.shape.iter().product();
-                let (mut left, mut right) = (vec![0.0; count], vec![0.0; count]);
-                a.read(&tensor.name, StateKind::Master, 0..count, &mut left)
-                    .unwrap();
-                b.read(&tensor.name, StateKind::Master, 0..count, &mut right)
-                    .unwrap();
-                let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
-                assert_eq!(bits(&left), bits(&right), "{}", tensor.name);
+                let bits = |checkpoint: &Checkpoint| -> Vec<u32> {
+                    let values = checkpoint.read_whole(&tensor.name, StateKind::Master);
+                    values.unwrap().into_iter().map(f32::to_bits).collect()
+                };
+                assert_eq!(bits(&a), bits(&b), "{}", tensor.name);
             }
         }
     }

@@ -74,11 +74,7 @@ fn contents(checkpoint: &Checkpoint) -> State {
     let mut state = State::new();
     for tensor in checkpoint.tensors() {
         for stored in &tensor.states {
-            let mut values = vec![f32::NAN; tensor.shape.iter().product()];
-            let all = 0..values.len();
-            checkpoint
-                .read(&tensor.name, stored.state, all, &mut values)
-                .unwrap();
+            let values = checkpoint.read_whole(&tensor.name, stored.state).unwrap();
             let bits = values.into_iter().map(f32::to_bits).collect();
             state.insert((tensor.name.clone(), stored.state), bits);
         }
