@@ -67,6 +67,33 @@ fn a_run_that_was_killed_or_stopped_ends_as_if_nothing_had_happened() {
     );
 }
 
+/// Both stages get longer after they are done, and end where longer ones would have ended at once.
+#[test]
+fn a_stage_that_got_longer_goes_on() {
+    let fixture = Fixture::new();
+    let config = fixture.config(TWO_STAGES);
+    // A schedule that does not know how long it takes.
+    let longer = |stages: &[&'static str], dir: &'static str| {
+        let fixed = ["optimizer.schedule=\"constant\"", dir];
+        let sets = fixed.iter().chain(stages);
+        let sets = sets.flat_map(|&set| ["--set", set]);
+        let arguments: Vec<&str> = sets.chain(["--allow-config-change"]).collect();
+        train(&config, &arguments).done();
+    };
+    longer(&["stage.1.steps=7"], "run.dir=calm");
+    longer(&[], "run.dir=longer");
+    longer(&["stage.1.steps=7"], "run.dir=longer");
+    assert_same_bits(&fixture, "calm", "longer", 11);
+    assert_eq!(
+        events(&fixture.path("longer"), "stage_switch").len(),
+        2,
+        "it did not go on in its stage"
+    );
+    // Shorter than it is already: done.
+    longer(&["stage.1.steps=2"], "run.dir=longer");
+    assert_same_bits(&fixture, "calm", "longer", 11);
+}
+
 #[test]
 fn stages_switch_by_themselves_with_a_checkpoint_and_validation() {
     let fixture = Fixture::new();

@@ -72,7 +72,7 @@ pub use cursor::{Cursor, Dropped, SourceCursor};
 pub use dataset::{Dataset, DatasetSpec, SourceSpec, SourceSummary};
 pub use error::{Error, Result, io_remedy};
 pub use inspect::{FileFigures, Inspection, inspect};
-pub use loader::{Loader, LoaderOptions, RankBatch};
+pub use loader::{Loader, LoaderOptions, Next, RankBatch};
 pub use open::resolve;
 pub use permutation::Permutation;
 pub use progress::Progress;

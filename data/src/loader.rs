@@ -5,9 +5,9 @@ use crate::cursor::Cursor;
 use crate::error::{Error, Result};
 use crate::sample::Sample;
 use crate::stream::Stream;
-use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// What one rank trains on in one step.
 #[derive(Debug, Clone, PartialEq)]
@@ -51,7 +51,24 @@ pub struct LoaderOptions {
     pub ahead: usize,
 }
 
-/// Prefetches the batches of one rank. Dropping it ends its thread.
+/// What a [`Loader`] has next.
+#[derive(Debug)]
+pub enum Next {
+    /// A batch, and how long it was waited for.
+    Batch(RankBatch, Duration),
+    /// There is none after the last.
+    End,
+    /// Nobody wanted to wait any longer.
+    GivenUp,
+}
+
+/// How often the one who waits is asked whether to go on waiting.
+const ASK: Duration = Duration::from_millis(100);
+
+/// Prefetches the batches of one rank.
+///
+/// Its thread ends after it is dropped, at the latest when the read under way returns. Nobody waits
+/// for that: a disk that does not answer must not keep a run from ending.
 #[derive(Debug)]
 pub struct Loader {
     batches: Option<Receiver<Result<RankBatch>>>,
@@ -63,60 +80,63 @@ impl Loader {
     ///
     /// # Errors
     /// When no thread can be started.
-    pub fn start(stream: Stream, options: LoaderOptions) -> Result<Self> {
-        let (sender, batches) = sync_channel(options.ahead.max(1));
+    pub fn start(mut stream: Stream, options: LoaderOptions) -> Result<Self> {
+        let batches = (0..options.batches).map(move |_| prepare(&mut stream, options));
+        Self::read_ahead(batches, options.ahead)
+    }
+
+    /// A thread that works through `batches`, up to the first error.
+    fn read_ahead(
+        batches: impl Iterator<Item = Result<RankBatch>> + Send + 'static,
+        ahead: usize,
+    ) -> Result<Self> {
+        let (sender, receiver) = sync_channel(ahead.max(1));
+        let work = move || {
+            for batch in batches {
+                let failed = batch.is_err();
+                // It fails when nobody listens any more.
+                if sender.send(batch).is_err() || failed {
+                    return;
+                }
+            }
+        };
         let thread = std::thread::Builder::new()
             .name("data-loader".to_string())
-            .spawn(move || {
-                let mut stream = stream;
-                for _ in 0..options.batches {
-                    let batch = prepare(&mut stream, options);
-                    let failed = batch.is_err();
-                    if sender.send(batch).is_err() || failed {
-                        return;
-                    }
-                }
-            })
+            .spawn(work)
             .map_err(|reason| Error::Io {
                 action: "start a thread for",
                 path: "data loading".into(),
                 reason,
             })?;
         Ok(Self {
-            batches: Some(batches),
+            batches: Some(receiver),
             thread: Some(thread),
         })
     }
 
-    /// The next batch and the seconds that it was waited for; `None` after the last.
+    /// Waits for the next batch, unless `given_up`, which is asked now and again.
     ///
     /// # Errors
     /// What reading it met; nothing follows an error.
-    pub fn next_batch(&mut self) -> Result<Option<(RankBatch, f64)>> {
+    pub fn next_batch(&mut self, given_up: &dyn Fn() -> bool) -> Result<Next> {
         let asked = Instant::now();
         let Some(batches) = &self.batches else {
-            return Ok(None);
+            return Ok(Next::End);
         };
-        match batches.recv() {
-            Ok(batch) => Ok(Some((batch?, asked.elapsed().as_secs_f64()))),
-            Err(_) => {
-                self.batches = None;
-                match self.thread.take().map(JoinHandle::join) {
-                    Some(Err(_)) => Err(Error::Thread("data-loader")),
-                    _ => Ok(None),
-                }
+        loop {
+            if given_up() {
+                return Ok(Next::GivenUp);
+            }
+            match batches.recv_timeout(ASK) {
+                Ok(batch) => return Ok(Next::Batch(batch?, asked.elapsed())),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
             }
         }
-    }
-}
-
-impl Drop for Loader {
-    fn drop(&mut self) {
-        // The thread notices at its next send that nobody listens.
         self.batches = None;
-        if let Some(thread) = self.thread.take() {
-            // A panic was already reported on its own thread.
-            let _ = thread.join();
+        match self.thread.take().map(JoinHandle::join) {
+            Some(Err(_)) => Err(Error::Thread("data-loader")),
+            _ => Ok(Next::End),
         }
     }
 }
@@ -150,4 +170,48 @@ fn prepare(stream: &mut Stream, options: LoaderOptions) -> Result<RankBatch> {
         left_out,
         cursor: stream.cursor(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use std::sync::mpsc::channel;
+
+    #[test]
+    fn a_read_that_does_not_return_is_given_up() {
+        let (_hold, held) = channel::<()>();
+        let stuck = std::iter::once_with(move || {
+            // As long as the test holds its end.
+            let _ = held.recv();
+            Err(Error::Thread("a disk that answers in the end"))
+        });
+        let mut loader = Loader::read_ahead(stuck, 1).unwrap();
+        let (began, limit) = (Instant::now(), Duration::from_millis(250));
+        let next = loader.next_batch(&|| began.elapsed() > limit).unwrap();
+        assert!(matches!(next, Next::GivenUp));
+        assert!(began.elapsed() >= limit);
+        // Would wait for ever if it waited for the thread.
+        drop(loader);
+    }
+
+    #[test]
+    fn a_dropped_loader_ends_its_thread() {
+        let (hold, held) = channel::<()>();
+        let endless = std::iter::from_fn(move || {
+            let _lives_as_long_as_the_thread = &hold;
+            Some(Err(Error::Thread("any")))
+        });
+        drop(Loader::read_ahead(endless, 1).unwrap());
+        assert!(held.recv_timeout(Duration::from_secs(60)) == Err(RecvTimeoutError::Disconnected));
+    }
+
+    #[test]
+    fn a_thread_that_panics_is_an_error() {
+        let batches = std::iter::once_with(|| None::<Result<RankBatch>>.unwrap());
+        let mut loader = Loader::read_ahead(batches, 1).unwrap();
+        let error = loader.next_batch(&|| false).unwrap_err();
+        assert!(matches!(error, Error::Thread("data-loader")), "{error}");
+    }
 }

@@ -2,7 +2,8 @@
 //!
 //! Exit codes: 0 done; 2 a command line or configuration that is refused before any data is
 //! opened; 75 stopped on request after a complete save, start again to go on; 1 everything else.
-//! `main` returns the code; nothing else ends the process.
+//! `main` returns the code. Where it cannot, because a thread is stuck, the watchdog ends a rank
+//! that is lost, and a second signal ends any command at once.
 
 mod convert;
 mod data;

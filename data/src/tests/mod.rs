@@ -7,11 +7,22 @@ mod reading;
 mod skipping;
 
 use crate::shard::{DocumentRow, ShardHeader, ShardWriter};
-use crate::{BatchIndex, Cursor, Dataset, DatasetSpec, Piece, SampleIndex, SourceSpec};
+use crate::{
+    BatchIndex, Cursor, Dataset, DatasetSpec, Loader, Next, Piece, RankBatch, SampleIndex,
+    SourceSpec,
+};
 use std::path::{Path, PathBuf};
 
 /// Ids of the made datasets are below this.
 const VOCAB: usize = 1000;
+
+/// What a loader has next, where it has something.
+fn next_batch(loader: &mut Loader) -> RankBatch {
+    match loader.next_batch(&|| false).unwrap() {
+        Next::Batch(batch, _) => batch,
+        none => panic!("{none:?}"),
+    }
+}
 
 /// Document `number` of a source has a length of 1 to 40 and tokens that tell it from others; the
 /// last is the end-of-text id 0.

@@ -1,7 +1,7 @@
 //! Samples that are left out: the others stay what they were, however the run is cut.
 
 use super::*;
-use crate::{Loader, LoaderOptions, SkipRanges, assign};
+use crate::{LoaderOptions, SkipRanges, assign};
 use proptest::prelude::*;
 use std::ops::Range;
 
@@ -170,7 +170,7 @@ proptest! {
             let used: Vec<u64> = (stood_at..).filter(|&i| !skip.contains(i)).take(size).collect();
             let (first, next) = (used[0], used[size - 1] + 1);
             for (rank, loader) in loaders.iter_mut().enumerate() {
-                let (batch, _) = loader.next_batch().unwrap().unwrap();
+                let batch = next_batch(loader);
                 prop_assert_eq!((batch.first_sample, batch.next_sample), (first, next));
                 prop_assert_eq!(batch.left_out, next - stood_at - size as u64);
                 prop_assert_eq!(batch.samples, size);

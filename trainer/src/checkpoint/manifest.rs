@@ -151,6 +151,9 @@ pub struct StageMark {
 pub struct ScheduleState {
     /// Steps taken in the stage that the next step belongs to.
     pub step_in_stage: u64,
+    /// Steps taken in the stage of the last step, which may be done.
+    #[serde(default)]
+    pub steps_of_last_stage: u64,
     /// Adam's time: updates applied since its moments were last reset.
     pub adam_step: u64,
 }

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use oxitron_data::{
-    BatchIndex, Cursor, Dataset, Loader, LoaderOptions, NO_TARGET, Sample, SkipRanges, assign,
+    BatchIndex, Cursor, Dataset, Loader, LoaderOptions, NO_TARGET, Next, Sample, SkipRanges, assign,
 };
 use tch::Device;
 
@@ -71,12 +71,23 @@ impl Feed {
         })
     }
 
-    /// The next step.
-    pub(super) fn next(&mut self, device: Device) -> Result<StepData, RunError> {
-        let Some((batch, wait)) = self.loader.next_batch()? else {
-            return Err(RunError::Defect(
-                "the stage asked for more steps than it has",
-            ));
+    /// The next step. A disk may let it wait for ever: `given_up` says when to stop waiting.
+    ///
+    /// # Errors
+    /// [`RunError::Abandoned`] when it was given up; what reading met.
+    pub(super) fn next(
+        &mut self,
+        device: Device,
+        given_up: &dyn Fn() -> bool,
+    ) -> Result<StepData, RunError> {
+        let (batch, wait) = match self.loader.next_batch(given_up)? {
+            Next::Batch(batch, wait) => (batch, wait),
+            Next::GivenUp => return Err(RunError::Abandoned),
+            Next::End => {
+                return Err(RunError::Defect(
+                    "the stage asked for more steps than it has",
+                ));
+            }
         };
         let micro_batches = batch.micro_batches.iter();
         let batches = micro_batches.map(|slots| tensors(slots, self.seq_len, device));
@@ -85,7 +96,7 @@ impl Feed {
             count: batch.samples as u64,
             samples: batch.first_sample..batch.next_sample,
             cursor: batch.cursor,
-            wait: Duration::from_secs_f64(wait),
+            wait,
         })
     }
 }

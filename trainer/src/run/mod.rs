@@ -34,6 +34,7 @@ mod origin;
 mod plan;
 mod progress;
 mod ranks;
+mod record;
 mod replicas;
 mod restore;
 mod save;

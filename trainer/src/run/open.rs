@@ -8,14 +8,14 @@ use super::{
     RunError, control,
     folder::RunFolder,
     origin::Origin,
-    plan::{RunPlan, dtype_of_this_machine, kind, wire},
+    plan::{RunPlan, dtype_name, dtype_of_this_machine, kind, wire},
     progress::Progress,
     ranks::Ranks,
     restore::{initial_values, read_state, set_aside, weights_alone},
     saver::Saver,
     stops::Stops,
     trace::{self, Tracer},
-    trainer::{Options, Trainer, dtype_name},
+    trainer::{Options, Trainer},
     watch::Watch,
 };
 use crate::checkpoint;

@@ -124,6 +124,14 @@ fn bytes_of(dtype: Dtype) -> usize {
     }
 }
 
+/// The name of a dtype in a manifest's choices.
+pub(super) fn dtype_name(dtype: Dtype) -> &'static str {
+    match dtype {
+        Dtype::Bf16 => "bf16",
+        Dtype::Fp32 => "fp32",
+    }
+}
+
 /// The dtype of a tensor.
 pub(super) fn kind(dtype: Dtype) -> Kind {
     match dtype {

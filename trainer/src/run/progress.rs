@@ -25,6 +25,8 @@ pub(super) struct Progress {
     pub(super) cursor: Cursor,
     /// The stage of the last step.
     pub(super) last_stage: Option<StageMark>,
+    /// Steps taken in that stage.
+    pub(super) steps_of_last_stage: u64,
     /// Samples whose step was skipped.
     pub(super) skipped: Vec<SkippedRange>,
     /// Samples that are left out because the run went back to before them.
@@ -43,6 +45,7 @@ impl Progress {
             adam_step: 0,
             cursor,
             last_stage: None,
+            steps_of_last_stage: 0,
             skipped: Vec::new(),
             left_out: SkipRanges::default(),
         }
@@ -67,9 +70,31 @@ impl Progress {
             adam_step: run.schedule.adam_step,
             cursor,
             last_stage: run.stage.clone(),
+            steps_of_last_stage: run.schedule.steps_of_last_stage,
             skipped: run.skipped.clone(),
             left_out: SkipRanges::new(run.left_out.iter().map(|&[first, end]| first..end)),
         })
+    }
+
+    /// Under stages of so many `steps`, which may differ from those of the checkpoint: the last stage
+    /// goes on if it has become longer and nothing came after it, and is done if it has become
+    /// shorter.
+    pub(super) fn fitted(mut self, steps: &[u64]) -> Self {
+        if let Some(last) = &self.last_stage
+            && (self.stage, self.step_in_stage) == (last.index + 1, 0)
+            && let Some(&longer) = steps.get(last.index)
+            && (1..longer).contains(&self.steps_of_last_stage)
+        {
+            self.stage = last.index;
+            self.step_in_stage = self.steps_of_last_stage;
+        }
+        if let Some(&shorter) = steps.get(self.stage)
+            && self.step_in_stage >= shorter
+        {
+            self.stage += 1;
+            self.step_in_stage = 0;
+        }
+        self
     }
 
     /// All samples that are left out: those and the configured ones.
@@ -87,6 +112,7 @@ impl Progress {
         meta.next_stage = (self.stage < stages).then_some(self.stage);
         meta.schedule = ScheduleState {
             step_in_stage: self.step_in_stage,
+            steps_of_last_stage: self.steps_of_last_stage,
             adam_step: self.adam_step,
         };
         meta.skipped = self.skipped.clone();
@@ -98,5 +124,55 @@ impl Progress {
             source: source.into(),
         })?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn start() -> Progress {
+        Progress::start(Cursor {
+            sources: Vec::new(),
+        })
+    }
+
+    /// Steps taken in the stage of the last step, the stage of the next, and steps taken in that.
+    fn progress(last: (usize, u64), stage: usize, step_in_stage: u64) -> Progress {
+        Progress {
+            stage,
+            step_in_stage,
+            last_stage: Some(StageMark {
+                index: last.0,
+                ..StageMark::default()
+            }),
+            steps_of_last_stage: last.1,
+            ..start()
+        }
+    }
+
+    #[test]
+    fn a_stage_that_became_longer_or_shorter_goes_on_or_is_done() {
+        let at = |progress: Progress, steps: &[u64]| {
+            let fitted = progress.fitted(steps);
+            (fitted.stage, fitted.step_in_stage)
+        };
+        let in_the_middle = || progress((0, 3), 0, 3);
+        assert_eq!(at(in_the_middle(), &[8, 5]), (0, 3));
+        assert_eq!(at(in_the_middle(), &[4, 5]), (0, 3));
+        assert_eq!(at(in_the_middle(), &[3, 5]), (1, 0));
+        assert_eq!(at(in_the_middle(), &[2]), (1, 0));
+        let switching = || progress((0, 8), 1, 0);
+        assert_eq!(at(switching(), &[8, 5]), (1, 0));
+        assert_eq!(at(switching(), &[12, 5]), (0, 8));
+        let finished = || progress((1, 5), 2, 0);
+        assert_eq!(at(finished(), &[8, 5]), (2, 0));
+        assert_eq!(at(finished(), &[9, 5]), (2, 0));
+        assert_eq!(at(finished(), &[8, 6]), (1, 5));
+        assert_eq!(at(finished(), &[8, 4]), (2, 0));
+        assert_eq!(at(finished(), &[8, 5, 1]), (2, 0));
+        // Of a checkpoint from before this was recorded.
+        assert_eq!(at(progress((0, 0), 1, 0), &[9]), (1, 0));
+        assert_eq!(at(start(), &[9]), (0, 0));
     }
 }

@@ -97,7 +97,8 @@ impl Trainer<'_> {
     /// Takes over everything that a checkpoint says beside its tensors.
     pub(super) fn take_over(&mut self, checkpoint: &Checkpoint) -> Result<(), RunError> {
         let meta = checkpoint.meta();
-        self.progress = Progress::from_manifest(meta, checkpoint.dir())?;
+        let steps: Vec<u64> = self.config.stages.iter().map(|stage| stage.steps).collect();
+        self.progress = Progress::from_manifest(meta, checkpoint.dir())?.fitted(&steps);
         self.spikes.restore(meta.guard.spikes.clone());
         self.parent = Some(self.shown(checkpoint.dir()));
         Ok(())

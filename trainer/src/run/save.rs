@@ -7,10 +7,11 @@ use std::time::Instant;
 use super::{
     RunError,
     control::Flags,
+    plan::dtype_name,
     saver::{CommitJob, PartError, SaveJob, Saved, spec},
     trainer::Trainer,
 };
-use crate::checkpoint::{self, Purpose, Retention};
+use crate::checkpoint::{self, GuardState, ManifestMeta, Purpose, Retention, SpecialTokens};
 use crate::config::WhenBusy;
 use crate::convert::tokenizer_attachments;
 use crate::guard::watchdog::Phase;
@@ -149,6 +150,29 @@ impl Trainer<'_> {
             requested: Instant::now(),
             commit,
         })
+    }
+
+    /// What the manifest says beside the tensors.
+    pub(super) fn manifest_meta(&self) -> Result<ManifestMeta, RunError> {
+        let mut meta = ManifestMeta {
+            run_id: self.run_id.clone(),
+            attempt: self.attempt,
+            parent: self.parent.clone(),
+            dataset_lock: Some(self.dataset.fingerprint().to_owned()),
+            choices: [("dtype".to_owned(), dtype_name(self.dtype).into())].into(),
+            config: self.config.resolved_toml()?,
+            special_tokens: SpecialTokens {
+                eos: vec![self.dataset.eos_id()],
+                ..SpecialTokens::default()
+            },
+            ..ManifestMeta::default()
+        };
+        meta.guard = GuardState {
+            spikes: self.spikes.state().clone(),
+            bad_steps: self.bad_steps.state(),
+        };
+        self.progress.record(self.config.stages.len(), &mut meta)?;
+        Ok(meta)
     }
 
     /// Waits for the save under way, if there is one.

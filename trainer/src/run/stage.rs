@@ -1,11 +1,15 @@
-//! A context stage while it runs: what depends on its sequence length, RoPE base and schedule.
+//! A context stage while it runs, what depends on its sequence length, RoPE base and schedule; and
+//! how a run enters it.
 
 use oxitron_kernels::RopeTable;
 use tch::Device;
 
-use super::{RunError, feed::Feed, plan::RunPlan};
+use super::{RunError, feed::Feed, plan::RunPlan, trainer::Trainer};
 use crate::checkpoint::StageMark;
-use crate::config::{Config, Recompute, StageConfig};
+use crate::config::{Config, Recompute, StageConfig, StageOptimizer};
+use crate::faults;
+use crate::guard::watchdog::Phase;
+use crate::metrics::Event;
 use crate::model::{Activations, Decoder};
 use crate::plan::Action;
 
@@ -54,5 +58,92 @@ impl<'a> Stage<'a> {
             seq_len: self.config.seq_len,
             rope_base: self.config.rope_base,
         }
+    }
+}
+
+impl<'a> Trainer<'a> {
+    /// Enters the stage that the next step belongs to.
+    ///
+    /// At its very beginning the optimizer is reset if the stage says so, and the data moves on to
+    /// the next window edge, so that no document of the stage before comes again. A run that
+    /// resumes in the middle of a stage finds both done.
+    pub(super) fn begin_stage(&mut self) -> Result<Stage<'a>, RunError> {
+        let index = self.progress.stage;
+        let config = self.config;
+        let stage = &config.stages[index];
+        // New files are read through, which takes as long as a start.
+        self.watch.phase(Phase::Starting);
+        if index > 0 && self.progress.step_in_stage == 0 {
+            faults::at("stage::begin::before");
+            self.admit_new_files()?;
+            let (cursor, dropped) = self.progress.cursor.next_stage(&self.dataset)?;
+            tracing::info!(
+                "stage {}: data goes on at the next window edge; {} documents ({} tokens) of the \
+                 windows begun are left out",
+                stage.name,
+                dropped.documents,
+                dropped.tokens
+            );
+            self.progress.cursor = cursor;
+            if stage.optimizer == StageOptimizer::Reset {
+                tracing::info!("stage {}: AdamW starts afresh", stage.name);
+                self.zero.reset_moments()?;
+                self.progress.adam_step = 0;
+            }
+            // Another length of context is another level of the loss.
+            self.spikes.clear();
+            faults::at("stage::begin::after");
+        }
+        let feed = Feed::new(
+            &self.dataset,
+            &self.progress,
+            self.progress.left_out_with(&self.config.guard),
+            stage,
+            &self.ranks,
+        )?;
+        let (plan, decoder) = (&self.plan, &self.decoder);
+        let entered = Stage::new(config, index, plan, decoder, feed, self.device)?;
+        tracing::info!(
+            "stage {} | seq_len {} | rope base {} | {} steps of {} tokens | {} micro-batches of {} \
+             samples per rank",
+            stage.name,
+            stage.seq_len,
+            stage.rope_base,
+            stage.steps,
+            stage.batch_tokens,
+            stage.accumulation(self.ranks.ranks),
+            stage.micro_batch
+        );
+        let from = self
+            .progress
+            .last_stage
+            .as_ref()
+            .map(|mark| mark.name.clone());
+        if from.as_ref() != Some(&stage.name) {
+            self.event(Event::StageSwitch {
+                step: self.progress.step,
+                tokens: self.progress.tokens,
+                from,
+                to: stage.name.clone(),
+                seq_len: stage.seq_len as u64,
+                rope_base: stage.rope_base,
+            });
+        }
+        Ok(entered)
+    }
+
+    /// Lets files in that have appeared among the sources since the last stage.
+    fn admit_new_files(&mut self) -> Result<(), RunError> {
+        let new = self.dataset.new_files().len();
+        // The leader writes the lock, the others read what it wrote.
+        let admitted = self.ranks.in_turn(|| Ok(self.dataset.admit_new_files()?))?;
+        if new > 0 {
+            tracing::info!(
+                "{new} new files enter the data, now {}",
+                admitted.fingerprint()
+            );
+        }
+        self.dataset = admitted;
+        Ok(())
     }
 }

@@ -1,18 +1,17 @@
 //! The loop over stages and steps.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use oxitron_data::Dataset;
-use oxitron_kernels::{adamw::AdamW, memory};
+use oxitron_kernels::adamw::AdamW;
 use tch::Device;
 
 use super::{
     RunError,
     control::{Flags, Verdict},
-    feed::{Feed, StepData},
+    feed::StepData,
     folder::RunFolder,
     plan::RunPlan,
     progress::Progress,
@@ -20,17 +19,16 @@ use super::{
     replicas,
     saver::Saver,
     stage::Stage,
-    step::{Pass, Step, StepReport},
+    step::{Pass, Step},
     stops::Stops,
     trace::Tracer,
     watch::Watch,
 };
-use crate::checkpoint::{GuardState, ManifestMeta, SpecialTokens};
 use crate::comm::Comm;
-use crate::config::{Config, Dtype, StageOptimizer};
+use crate::config::{Config, Dtype};
 use crate::faults;
 use crate::guard::{BadSteps, Spikes, watchdog::Phase};
-use crate::metrics::{Event, MetricsWriter, StepRecord, StopReason};
+use crate::metrics::MetricsWriter;
 use crate::model::Decoder;
 use crate::zero::Zero;
 
@@ -136,7 +134,8 @@ impl<'a> Trainer<'a> {
         let stages = self.config.stages.len();
         if self.progress.stage >= stages {
             tracing::info!(
-                "all stages of this run are done after step {}; to train further, add a stage",
+                "all stages of this run are done after step {}; to train further, add a stage or \
+                 give the last one more steps",
                 self.progress.step
             );
         }
@@ -193,91 +192,6 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    /// Enters the stage that the next step belongs to.
-    ///
-    /// At its very beginning the optimizer is reset if the stage says so, and the data moves on to
-    /// the next window edge, so that no document of the stage before comes again. A run that
-    /// resumes in the middle of a stage finds both done.
-    fn begin_stage(&mut self) -> Result<Stage<'a>, RunError> {
-        let index = self.progress.stage;
-        let config = self.config;
-        let stage = &config.stages[index];
-        // New files are read through, which takes as long as a start.
-        self.watch.phase(Phase::Starting);
-        if index > 0 && self.progress.step_in_stage == 0 {
-            faults::at("stage::begin::before");
-            self.admit_new_files()?;
-            let (cursor, dropped) = self.progress.cursor.next_stage(&self.dataset)?;
-            tracing::info!(
-                "stage {}: data goes on at the next window edge; {} documents ({} tokens) of the \
-                 windows begun are left out",
-                stage.name,
-                dropped.documents,
-                dropped.tokens
-            );
-            self.progress.cursor = cursor;
-            if stage.optimizer == StageOptimizer::Reset {
-                tracing::info!("stage {}: AdamW starts afresh", stage.name);
-                self.zero.reset_moments()?;
-                self.progress.adam_step = 0;
-            }
-            // Another length of context is another level of the loss.
-            self.spikes.clear();
-            faults::at("stage::begin::after");
-        }
-        let feed = Feed::new(
-            &self.dataset,
-            &self.progress,
-            self.progress.left_out_with(&self.config.guard),
-            stage,
-            &self.ranks,
-        )?;
-        let (plan, decoder) = (&self.plan, &self.decoder);
-        let entered = Stage::new(config, index, plan, decoder, feed, self.device)?;
-        tracing::info!(
-            "stage {} | seq_len {} | rope base {} | {} steps of {} tokens | {} micro-batches of {} \
-             samples per rank",
-            stage.name,
-            stage.seq_len,
-            stage.rope_base,
-            stage.steps,
-            stage.batch_tokens,
-            stage.accumulation(self.ranks.ranks),
-            stage.micro_batch
-        );
-        let from = self
-            .progress
-            .last_stage
-            .as_ref()
-            .map(|mark| mark.name.clone());
-        if from.as_ref() != Some(&stage.name) {
-            self.event(Event::StageSwitch {
-                step: self.progress.step,
-                tokens: self.progress.tokens,
-                from,
-                to: stage.name.clone(),
-                seq_len: stage.seq_len as u64,
-                rope_base: stage.rope_base,
-            });
-        }
-        Ok(entered)
-    }
-
-    /// Lets files in that have appeared among the sources since the last stage.
-    fn admit_new_files(&mut self) -> Result<(), RunError> {
-        let new = self.dataset.new_files().len();
-        // The leader writes the lock, the others read what it wrote.
-        let admitted = self.ranks.in_turn(|| Ok(self.dataset.admit_new_files()?))?;
-        if new > 0 {
-            tracing::info!(
-                "{new} new files enter the data, now {}",
-                admitted.fingerprint()
-            );
-        }
-        self.dataset = admitted;
-        Ok(())
-    }
-
     /// Takes one step.
     fn step(&mut self, stage: &mut Stage<'a>) -> Result<StepEnd, RunError> {
         let began = Instant::now();
@@ -287,7 +201,8 @@ impl<'a> Trainer<'a> {
         self.watch.phase(Phase::Data);
         self.tracer
             .enter(number, &mut self.zero, &mut stage.activations);
-        let data = stage.feed.next(self.device)?;
+        let given_up = || self.watch.gives_up(number);
+        let data = stage.feed.next(self.device, &given_up)?;
         self.tracer.note("data", Some(began));
         let lr = stage.config.lr_at(self.progress.step_in_stage);
         let flags = self.flags();
@@ -352,25 +267,6 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// Writes down which ranks hold the others up.
-    fn report_slow_ranks(&mut self) {
-        for slow in self.watch.dog().take_slow() {
-            self.event(Event::SlowRank {
-                step: self.progress.step,
-                rank: slow.rank as u32,
-                seconds: slow.busy_seconds,
-                median_seconds: slow.median_seconds,
-            });
-        }
-    }
-
-    /// Who has asked the run to stop.
-    fn stop_reason(&self) -> String {
-        let here = self.stops.reason().map(str::to_owned);
-        let told = || self.watch.dog().stop_reason();
-        here.or_else(told).unwrap_or_else(|| "a signal".to_owned())
-    }
-
     /// Takes note of what the others have told.
     fn hear(&mut self, flags: Flags) {
         if flags.save_failed {
@@ -386,6 +282,7 @@ impl<'a> Trainer<'a> {
     fn advance(&mut self, stage: &Stage<'_>, data: &StepData, verdict: Verdict) {
         self.progress.step += 1;
         self.progress.step_in_stage += 1;
+        self.progress.steps_of_last_stage = self.progress.step_in_stage;
         if self.progress.step_in_stage == stage.config.steps {
             self.progress.stage += 1;
             self.progress.step_in_stage = 0;
@@ -398,110 +295,5 @@ impl<'a> Trainer<'a> {
             self.progress.adam_step += 1;
             self.bad_steps.applied();
         }
-    }
-
-    fn record(
-        &mut self,
-        stage: &Stage<'_>,
-        data: &StepData,
-        report: &StepReport,
-        lr: f64,
-        step_seconds: f64,
-    ) -> Result<(), RunError> {
-        let Some(metrics) = &mut self.metrics else {
-            return Ok(());
-        };
-        let tokens_per_second = stage.config.batch_tokens as f64 / step_seconds;
-        let record = StepRecord {
-            step: self.progress.step,
-            attempt: self.attempt,
-            stage: stage.config.name.clone(),
-            seq_len: stage.config.seq_len as u64,
-            loss: report.agreement.loss.mean(),
-            grad_norm: report.agreement.grad_norm,
-            lr,
-            tokens: self.progress.tokens,
-            target_tokens: report.agreement.loss.targets,
-            samples: data.count,
-            tokens_per_second,
-            tgs: tokens_per_second / self.ranks.ranks as f64,
-            // Nobody states the peak of a CPU; the share of an unknown peak is not a figure.
-            mfu: None,
-            hfu: None,
-            step_seconds,
-            data_wait_seconds: data.wait.as_secs_f64(),
-            comm_seconds: report.comm.busy.as_secs_f64(),
-            exposed_comm_seconds: report.comm.exposed.as_secs_f64(),
-            optimizer_seconds: report.optimizer.as_secs_f64(),
-            peak_bytes: memory::stats().peak_bytes,
-            skipped: matches!(report.verdict, Verdict::Skip { .. }),
-        };
-        metrics.step(&record);
-        let last_step = self.config.stages.iter().map(|stage| stage.steps).sum();
-        tracing::info!("{}", record.log_line(Some(last_step)));
-        Ok(())
-    }
-
-    /// Writes an event, on the rank that writes them.
-    pub(super) fn event(&mut self, event: Event) {
-        if let Some(metrics) = &mut self.metrics {
-            metrics.event(event);
-        }
-    }
-
-    /// What the manifest says beside the tensors.
-    pub(super) fn manifest_meta(&self) -> Result<ManifestMeta, RunError> {
-        let mut meta = ManifestMeta {
-            run_id: self.run_id.clone(),
-            attempt: self.attempt,
-            parent: self.parent.clone(),
-            dataset_lock: Some(self.dataset.fingerprint().to_owned()),
-            choices: [("dtype".to_owned(), dtype_name(self.dtype).into())].into(),
-            config: self.config.resolved_toml()?,
-            special_tokens: SpecialTokens {
-                eos: vec![self.dataset.eos_id()],
-                ..SpecialTokens::default()
-            },
-            ..ManifestMeta::default()
-        };
-        meta.guard = GuardState {
-            spikes: self.spikes.state().clone(),
-            bad_steps: self.bad_steps.state(),
-        };
-        self.progress.record(self.config.stages.len(), &mut meta)?;
-        Ok(meta)
-    }
-
-    /// A path as people see it: relative to the run directory where it lies inside.
-    pub(super) fn shown(&self, path: &Path) -> String {
-        path.strip_prefix(&self.config.run.dir)
-            .unwrap_or(path)
-            .display()
-            .to_string()
-    }
-
-    /// Says how the run ended.
-    fn close(&mut self, outcome: &Result<Outcome, RunError>) {
-        self.tracer.close();
-        let (reason, detail) = match outcome {
-            Ok(Outcome::Finished) => (StopReason::Finished, None),
-            Ok(Outcome::Stopped | Outcome::Abandoned) => {
-                (StopReason::Requested, Some(self.stop_reason()))
-            }
-            Err(error) => (StopReason::Failed, Some(error.to_string())),
-        };
-        self.event(Event::Stop {
-            step: self.progress.step,
-            reason,
-            detail,
-        });
-    }
-}
-
-/// The name of a dtype in a manifest's choices.
-pub(super) fn dtype_name(dtype: Dtype) -> &'static str {
-    match dtype {
-        Dtype::Bf16 => "bf16",
-        Dtype::Fp32 => "fp32",
     }
 }

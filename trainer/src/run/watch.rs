@@ -116,9 +116,14 @@ impl Watch {
         self.pulse().step(step);
         // The step before was kept and is complete; what is between the two (a check, a save) the
         // others will not take part in any more. Either this or `on_abandon` sees both.
-        if self.pulse().must_abandon(step) {
+        if self.gives_up(step) {
             self.monitor.interrupt();
         }
+    }
+
+    /// Whether step `step`, which is under way, is given up: look at it while waiting.
+    pub(super) fn gives_up(&self, step: u64) -> bool {
+        self.pulse().must_abandon(step)
     }
 
     /// Something else begins, and everything goes well so far.
@@ -132,7 +137,7 @@ impl Watch {
     /// [`RunError::Abandoned`] when the step is given up.
     pub(super) fn act(&self, step: u64, action: Action) -> Result<(), RunError> {
         let pulse = self.pulse();
-        if pulse.must_abandon(step) {
+        if self.gives_up(step) {
             return Err(RunError::Abandoned);
         }
         match action {

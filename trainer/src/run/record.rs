@@ -1,0 +1,113 @@
+//! What a run writes down while it goes: figures, events, and how it ended.
+
+use std::path::Path;
+
+use oxitron_kernels::memory;
+
+use super::{
+    RunError,
+    control::Verdict,
+    feed::StepData,
+    stage::Stage,
+    step::StepReport,
+    trainer::{Outcome, Trainer},
+};
+use crate::guard::watchdog::Phase;
+use crate::metrics::{Event, StepRecord, StopReason};
+
+impl Trainer<'_> {
+    /// Writes down the figures of the step just taken, on the rank that writes them.
+    pub(super) fn record(
+        &mut self,
+        stage: &Stage<'_>,
+        data: &StepData,
+        report: &StepReport,
+        lr: f64,
+        step_seconds: f64,
+    ) -> Result<(), RunError> {
+        let Some(metrics) = &mut self.metrics else {
+            return Ok(());
+        };
+        let tokens_per_second = stage.config.batch_tokens as f64 / step_seconds;
+        let record = StepRecord {
+            step: self.progress.step,
+            attempt: self.attempt,
+            stage: stage.config.name.clone(),
+            seq_len: stage.config.seq_len as u64,
+            loss: report.agreement.loss.mean(),
+            grad_norm: report.agreement.grad_norm,
+            lr,
+            tokens: self.progress.tokens,
+            target_tokens: report.agreement.loss.targets,
+            samples: data.count,
+            tokens_per_second,
+            tgs: tokens_per_second / self.ranks.ranks as f64,
+            // Nobody states the peak of a CPU; the share of an unknown peak is not a figure.
+            mfu: None,
+            hfu: None,
+            step_seconds,
+            data_wait_seconds: data.wait.as_secs_f64(),
+            comm_seconds: report.comm.busy.as_secs_f64(),
+            exposed_comm_seconds: report.comm.exposed.as_secs_f64(),
+            optimizer_seconds: report.optimizer.as_secs_f64(),
+            peak_bytes: memory::stats().peak_bytes,
+            skipped: matches!(report.verdict, Verdict::Skip { .. }),
+        };
+        metrics.step(&record);
+        let last_step = self.config.stages.iter().map(|stage| stage.steps).sum();
+        tracing::info!("{}", record.log_line(Some(last_step)));
+        Ok(())
+    }
+
+    /// Writes an event, on the rank that writes them.
+    pub(super) fn event(&mut self, event: Event) {
+        if let Some(metrics) = &mut self.metrics {
+            metrics.event(event);
+        }
+    }
+
+    /// Writes down which ranks hold the others up.
+    pub(super) fn report_slow_ranks(&mut self) {
+        for slow in self.watch.dog().take_slow() {
+            self.event(Event::SlowRank {
+                step: self.progress.step,
+                rank: slow.rank as u32,
+                seconds: slow.busy_seconds,
+                median_seconds: slow.median_seconds,
+            });
+        }
+    }
+
+    /// Who has asked the run to stop.
+    pub(super) fn stop_reason(&self) -> String {
+        let here = self.stops.reason().map(str::to_owned);
+        let told = || self.watch.dog().stop_reason();
+        here.or_else(told).unwrap_or_else(|| "a signal".to_owned())
+    }
+
+    /// Says how the run ended.
+    pub(super) fn close(&mut self, outcome: &Result<Outcome, RunError>) {
+        self.watch.phase(Phase::Finishing);
+        self.tracer.close();
+        let (reason, detail) = match outcome {
+            Ok(Outcome::Finished) => (StopReason::Finished, None),
+            Ok(Outcome::Stopped | Outcome::Abandoned) => {
+                (StopReason::Requested, Some(self.stop_reason()))
+            }
+            Err(error) => (StopReason::Failed, Some(error.to_string())),
+        };
+        self.event(Event::Stop {
+            step: self.progress.step,
+            reason,
+            detail,
+        });
+    }
+
+    /// A path as people see it: relative to the run directory where it lies inside.
+    pub(super) fn shown(&self, path: &Path) -> String {
+        path.strip_prefix(&self.config.run.dir)
+            .unwrap_or(path)
+            .display()
+            .to_string()
+    }
+}
