@@ -21,6 +21,12 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// Exit code of a rank whose command line or config is refused.
 const USAGE: i32 = 2;
 
+/// Words of the error of ranks that give the run up, see [`RunError::BadSteps`]: they would come to
+/// the same step again.
+///
+/// [`RunError::BadSteps`]: oxitron_trainer::run::RunError::BadSteps
+const GIVEN_UP_MARK: &str = "the run is given up: ";
+
 /// Words of the error of a rank that finds the run directory locked.
 const LOCKED_MARK: &str = "is in use by another process";
 
@@ -65,7 +71,7 @@ pub enum Reason {
     NotWanted,
     /// Somebody asked for an end.
     StopRequested,
-    /// The command line or the config was refused.
+    /// The command line or the config was refused, or the training does not get anywhere.
     Refused,
     /// The ranks could not be started at all.
     NotStarted,
@@ -134,6 +140,10 @@ impl Trouble {
             progress,
         })
     }
+
+    fn says(&self, mark: &str) -> bool {
+        self.words.iter().any(|line| line.contains(mark))
+    }
 }
 
 /// The restarts of a launch so far.
@@ -186,8 +196,11 @@ impl Restarts {
             (self.used, self.pauses) = (0, 0);
         }
         let trouble = Trouble::of(failure, progress);
-        let locked = |trouble: &Trouble| trouble.words.iter().any(|w| w.contains(LOCKED_MARK));
-        if trouble.as_ref().is_some_and(locked) {
+        let says = |mark| trouble.as_ref().is_some_and(|trouble| trouble.says(mark));
+        if says(GIVEN_UP_MARK) {
+            return Decision::GiveUp(Reason::Refused);
+        }
+        if says(LOCKED_MARK) {
             self.locked += 1;
             if self.locked > LOCKED_LIMIT {
                 return Decision::GiveUp(Reason::Locked);
@@ -313,6 +326,9 @@ mod tests {
         };
         let usage = failure(How::Exit(2), "oxitron: no");
         assert_eq!(final_one(restarts.see(&usage, SAVED)), Reason::Refused);
+        let error = RunError::BadSteps("step 7: the loss is not finite".to_owned());
+        let bad = failure(How::Exit(1), &format!("oxitron: {error}"));
+        assert_eq!(final_one(restarts.see(&bad, SAVED)), Reason::Refused);
         let stopped = restarts.after(&killed(), SAVED, true, false);
         assert_eq!(final_one(stopped), Reason::StopRequested);
         let mut nothing_ran = failure(How::Exit(1), "no daemon");

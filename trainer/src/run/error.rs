@@ -67,8 +67,8 @@ pub enum RunError {
     /// Ranks cannot watch over each other.
     #[error(transparent)]
     Watchdog(#[from] crate::guard::watchdog::WatchdogError),
-    /// Bad steps of which the run does not get free by itself.
-    #[error("{0}")]
+    /// Bad steps of which the run does not get free by itself, nor if it is started again as it is.
+    #[error("the run is given up: {0}")]
     BadSteps(String),
     /// A file or folder of the run.
     #[error("{}: cannot {action}: {source}{}", path.display(), io_remedy(source))]
