@@ -15,6 +15,8 @@ use crate::testing::tiny::{Tensors, relative_error};
 const SEQ_LEN: usize = 24;
 pub const SAMPLES: usize = 8;
 const STEPS: usize = 40;
+/// Enough for a bit that differs to spread to every weight.
+const FEW_STEPS: usize = 10;
 pub const LR: f64 = 1e-3;
 
 /// A sample: tokens, targets, document starts.
@@ -153,7 +155,7 @@ pub fn setting(model: &ModelConfig, mesh: Mesh) -> Setting<'_> {
     }
 }
 
-fn train(model: &ModelConfig, mesh: Mesh) -> Trained {
+fn train(model: &ModelConfig, mesh: Mesh, steps: usize) -> Trained {
     let samples = samples(model.vocab_size);
     let setting = setting(model, mesh);
     let mut results = on_every_rank(mesh.ranks, |comm| {
@@ -161,6 +163,7 @@ fn train(model: &ModelConfig, mesh: Mesh) -> Trained {
         let initial = staged(&mut runner.zero);
         let reports: Vec<(f64, f64)> = samples
             .chunks(SAMPLES)
+            .take(steps)
             .map(|batch| {
                 let mine = micro_batches(batch, comm.rank(), mesh.ranks, mesh.accumulation);
                 let report = runner.step(&mine, LR);
@@ -238,7 +241,7 @@ fn assert_same(reference: &Trained, other: &Trained, what: &str) {
 /// Every mode on every number of ranks, whole and hybrid, against one rank alone.
 fn every_mesh(tied: bool, freeze: &[&str]) {
     let model = model(tied, freeze);
-    let reference = train(&model, Mesh::alone());
+    let reference = train(&model, Mesh::alone(), STEPS);
     let learnt = reference.losses[0] - reference.losses[STEPS - 1];
     assert!(learnt > 0.1, "it learns: {learnt}");
     for (name, weights) in &reference.weights {
@@ -254,7 +257,7 @@ fn every_mesh(tied: bool, freeze: &[&str]) {
                      {shard}, {accumulation} micro-batches",
                     !freeze.is_empty()
                 );
-                assert_same(&reference, &train(&model, mesh), &what);
+                assert_same(&reference, &train(&model, mesh, STEPS), &what);
             }
         }
     }
@@ -288,7 +291,7 @@ fn neither_time_nor_overlap_changes_a_bit() {
     for zero_stage in 0..4 {
         for (ranks, shard) in [(2, 2), (3, 3), (4, 2)] {
             let mesh = Mesh::new(zero_stage, ranks, shard, 2);
-            let first = train(&model, mesh);
+            let first = train(&model, mesh, FEW_STEPS);
             let serial = Mesh {
                 overlap: false,
                 ..mesh
@@ -303,7 +306,7 @@ fn neither_time_nor_overlap_changes_a_bit() {
                 ..mesh
             };
             for other in [mesh, serial, ahead, late] {
-                let again = train(&model, other);
+                let again = train(&model, other, FEW_STEPS);
                 assert_eq!(first.losses, again.losses, "{other:?}");
                 assert_eq!(first.norms, again.norms, "{other:?}");
                 assert_eq!(first.weights, again.weights, "{other:?}");
