@@ -174,7 +174,7 @@ fn prepare(stream: &mut Stream, options: LoaderOptions) -> Result<RankBatch> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
+    #![allow(clippy::unwrap_used, clippy::panic)]
 
     use super::*;
     use std::sync::mpsc::channel;
@@ -209,7 +209,7 @@ mod tests {
 
     #[test]
     fn a_thread_that_panics_is_an_error() {
-        let batches = std::iter::once_with(|| None::<Result<RankBatch>>.unwrap());
+        let batches = std::iter::once_with(|| panic!("on purpose"));
         let mut loader = Loader::read_ahead(batches, 1).unwrap();
         let error = loader.next_batch(&|| false).unwrap_err();
         assert!(matches!(error, Error::Thread("data-loader")), "{error}");
