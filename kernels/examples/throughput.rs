@@ -276,12 +276,13 @@ fn attend(
     };
     let mut out = zeros(&[1, seq, 8, 64], kind);
     let mut lse = zeros(&[1, 8, seq], Kind::Float);
+    let mut workspace = Workspace::new(Device::Cpu);
     // Two products of 2·64 operations per pair and head forward, five backward.
     let pairs = 1e-9 * documents.attention_pairs() as f64 * 8.0 * 128.0;
     let runs = if seq > 8192 { 1 } else { 3 };
     let name = |pass: &str| format!("{short} attention {seq}, {what}, {pass}");
     table.measure(&name("forward"), (2.0 * pairs, "GFLOP/s"), runs, || {
-        attention::forward(&inputs, &mut out, &mut lse)
+        attention::forward(&inputs, &mut out, &mut lse, &mut workspace)
     })?;
     let dout = random(&[1, seq, 8, 64], kind);
     table.measure(&name("backward"), (5.0 * pairs, "GFLOP/s"), runs, || {
@@ -290,7 +291,7 @@ fn attend(
             dk: &mut dqkv.narrow(2, 8, 2),
             dv: &mut dqkv.narrow(2, 10, 2),
         };
-        attention::backward(&inputs, &out, &lse, &dout, gradients)
+        attention::backward(&inputs, &out, &lse, &dout, gradients, &mut workspace)
     })
 }
 

@@ -1,21 +1,19 @@
 //! Causal attention within documents, with grouped queries (query head `h` reads key-value head
 //! `h / (nq / nkv)`).
 //!
-//! The work is done by libtorch's CPU flash attention (Dao et al. 2022), called once per document
-//! with plain causal masking. A call over the whole sample would need a dense mask and would visit
-//! every block; document by document, cost follows `Σ len²` and memory is linear. Keys and values
-//! are not expanded to the query heads.
-//!
-//! That pair has no `out` form: it returns fresh tensors of one document's size, which are copied
-//! into the outputs given here. Its results do not depend on the number of threads (a test holds
-//! it to that).
+//! Here are tensors, their checks and the reference; the kernel is [`flash`], on slices. Cost
+//! follows `Σ len²` over documents, memory is linear in the number of tokens, keys and values are
+//! not expanded to the query heads, and results have the same bits on any number of threads.
 
 use tch::{Kind, Tensor};
 
 use crate::error::torch;
-use crate::linear::float_kind;
-use crate::sys::operands::{check_kind, check_shape, sizes};
-use crate::{DocumentStarts, Error};
+use crate::float::with_float;
+use crate::sys::operands::{Operands, as_mut_slice, sizes};
+use crate::{DocumentStarts, Error, Workspace};
+use flash::{Heads, HeadsMut, Passes};
+
+pub mod flash;
 
 const FORWARD: &str = "attention.forward";
 const BACKWARD: &str = "attention.backward";
@@ -49,122 +47,96 @@ pub struct Gradients<'a> {
 
 /// Sizes that the arguments agree on.
 struct Shape {
-    kind: Kind,
     query: [usize; 4],
     key: [usize; 4],
     lse: [usize; 3],
 }
 
 impl Inputs<'_> {
-    fn check(&self, op: &'static str) -> Result<Shape, Error> {
+    fn shape(&self, op: &'static str) -> Result<Shape, Error> {
         let query @ [batch, seq, heads, d] = sizes(op, "q", self.q)?;
         let [_, _, kv_heads, _] = sizes(op, "k", self.k)?;
-        let key = [batch, seq, kv_heads, d];
-        let kind = float_kind(op, "q", self.q)?;
-        if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
-            let message = format!("{heads} query heads cannot share {kv_heads} key-value heads");
-            return Err(Error::Argument { op, message });
-        }
-        if (self.documents.batch(), self.documents.seq()) != (batch, seq) {
-            let message = format!(
-                "the documents describe [{}, {}] tokens, but `q` holds [{batch}, {seq}]",
-                self.documents.batch(),
-                self.documents.seq()
-            );
-            return Err(Error::Argument { op, message });
-        }
-        check_heads(op, "q", self.q, kind, query)?;
-        check_heads(op, "k", self.k, kind, key)?;
-        check_heads(op, "v", self.v, kind, key)?;
         Ok(Shape {
-            kind,
             query,
-            key,
+            key: [batch, seq, kv_heads, d],
             lse: [batch, heads, seq],
         })
     }
 
-    /// The calls to make: (first sample, samples, first token, tokens).
-    fn calls(&self) -> Vec<[i64; 4]> {
-        let (batch, seq) = (self.documents.batch() as i64, self.documents.seq() as i64);
-        if self.documents.is_whole() && batch > 0 {
-            return vec![[0, batch, 0, seq]];
-        }
-        let documents = self.documents.documents().iter();
-        documents
-            .map(|(b, t)| [*b as i64, 1, t.start as i64, t.len() as i64])
-            .collect()
+    fn heads<'t, T: flash::Dtype>(
+        &'t self,
+        operands: &mut Operands,
+        shape: &Shape,
+    ) -> Result<flash::Inputs<'t, T>, Error> {
+        Ok(flash::Inputs {
+            q: heads(operands, "q", self.q, shape.query)?,
+            k: heads(operands, "k", self.k, shape.key)?,
+            v: heads(operands, "v", self.v, shape.key)?,
+            documents: self.documents,
+            scale: self.scale as f32,
+        })
     }
 }
 
-/// `[batch, seq, heads, d]` with adjacent elements in a head.
-fn check_heads(
-    op: &'static str,
+fn heads<'t, T: flash::Dtype>(
+    operands: &mut Operands,
     name: &'static str,
-    tensor: &Tensor,
-    kind: Kind,
+    tensor: &'t Tensor,
     shape: [usize; 4],
-) -> Result<(), Error> {
-    check_kind(op, name, tensor, kind)?;
-    check_shape(op, name, tensor, &shape)?;
-    let strides = tensor.stride();
-    if strides[3] == 1 || shape[3] == 1 {
-        return Ok(());
-    }
-    Err(Error::Layout {
-        op,
-        tensor: name,
-        expected: "dense within a head",
-        shape: tensor.size(),
-        strides,
-    })
+) -> Result<Heads<'t, T>, Error> {
+    let (elements, strides) = operands.read_view::<T>(name, tensor, shape)?;
+    Heads::new(elements, shape, strides)
 }
 
-/// Some samples and tokens of `[batch, seq, heads, d]`, as libtorch's `[batch, heads, seq, d]`.
-fn cut(tensor: &Tensor, [b, samples, t, len]: [i64; 4]) -> Result<Tensor, tch::TchError> {
-    tensor
-        .f_narrow(0, b, samples)?
-        .f_narrow(1, t, len)?
-        .f_transpose(1, 2)
+/// The kernel's scratch for `tokens` tokens, enough for both passes.
+fn scratch<T: flash::Dtype>(
+    workspace: &mut Workspace,
+    [batch, seq, nq, d]: [usize; 4],
+    nkv: usize,
+) -> Result<Tensor, Error> {
+    let len = flash::scratch_len::<T>(batch * seq, [nq, nkv, d], Passes::Both)?;
+    workspace.take("attention", &[len], Kind::Float)
 }
 
-/// Some samples and tokens of `[batch, heads, seq]`.
-fn cut_lse(tensor: &Tensor, [b, samples, t, len]: [i64; 4]) -> Result<Tensor, tch::TchError> {
-    tensor.f_narrow(0, b, samples)?.f_narrow(2, t, len)
-}
-
-/// `out: [batch, seq, nq, d]` in T (written) and `lse: [batch, nq, seq]` fp32 (written; the
-/// logarithm of the softmax denominators, for the backward pass).
+/// Bytes of workspace that [`forward`] and [`backward`] take for `tokens` tokens of `kind`, in
+/// whatever samples and documents, and heads `[nq, nkv, d]`, with the calling thread's thread count.
 ///
 /// # Errors
 /// The argument errors of [`Error`].
-pub fn forward(inputs: &Inputs<'_>, out: &mut Tensor, lse: &mut Tensor) -> Result<(), Error> {
-    let shape = inputs.check(FORWARD)?;
-    check_heads(FORWARD, "out", out, shape.kind, shape.query)?;
-    check_kind(FORWARD, "lse", lse, Kind::Float)?;
-    check_shape(FORWARD, "lse", lse, &shape.lse)?;
-    let one_call = |call: [i64; 4]| {
-        let (fresh_out, fresh_lse) =
-            Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu::<Tensor>(
-                &cut(inputs.q, call)?,
-                &cut(inputs.k, call)?,
-                &cut(inputs.v, call)?,
-                0.0,
-                true,
-                None,
-                inputs.scale,
-            )?;
-        cut(out, call)?.f_copy_(&fresh_out)?;
-        cut_lse(lse, call)?.f_copy_(&fresh_lse)
+pub fn workspace_bytes(kind: Kind, tokens: usize, heads: [usize; 3]) -> Result<usize, Error> {
+    let len = match kind {
+        Kind::BFloat16 => flash::scratch_len::<half::bf16>(tokens, heads, Passes::Both)?,
+        _ => flash::scratch_len::<f32>(tokens, heads, Passes::Both)?,
     };
-    inputs
-        .calls()
-        .into_iter()
-        .try_for_each(one_call)
-        .map_err(torch(FORWARD))
+    Ok(len * size_of::<f32>())
 }
 
-/// Gradients of [`forward`], given its outputs and `dout: [batch, seq, nq, d]` in T.
+/// `out: [batch, seq, nq, d]` in T (written) and `lse: [batch, nq, seq]` fp32 (written; the
+/// logarithm of the softmax denominators, for the backward pass). Same bits on any number of threads.
+///
+/// # Errors
+/// The argument errors of [`Error`].
+pub fn forward(
+    inputs: &Inputs<'_>,
+    out: &mut Tensor,
+    lse: &mut Tensor,
+    workspace: &mut Workspace,
+) -> Result<(), Error> {
+    let shape = inputs.shape(FORWARD)?;
+    with_float!(FORWARD, "q", inputs.q => T: {
+        let mut operands = Operands::new(FORWARD);
+        let heads = inputs.heads::<T>(&mut operands, &shape)?;
+        let lse = operands.write::<f32>("lse", lse, &shape.lse)?;
+        let [(at, strides)] = operands.write_views([("out", out, shape.query)])?;
+        // SAFETY: `write_views` found the view's elements in a tensor that is borrowed uniquely.
+        let mut out = unsafe { HeadsMut::<T>::from_raw(at, shape.query, strides)? };
+        let mut scratch = scratch::<T>(workspace, shape.query, shape.key[2])?;
+        flash::forward(&heads, &mut out, lse, as_mut_slice(&mut scratch)?)
+    })
+}
+
+/// Gradients of [`forward`], given its outputs and `dout: [batch, seq, nq, d]` in T. Same bits on any
+/// number of threads.
 ///
 /// # Errors
 /// The argument errors of [`Error`].
@@ -174,39 +146,35 @@ pub fn backward(
     lse: &Tensor,
     dout: &Tensor,
     gradients: Gradients<'_>,
+    workspace: &mut Workspace,
 ) -> Result<(), Error> {
-    let shape = inputs.check(BACKWARD)?;
-    check_heads(BACKWARD, "out", out, shape.kind, shape.query)?;
-    check_heads(BACKWARD, "dout", dout, shape.kind, shape.query)?;
-    check_kind(BACKWARD, "lse", lse, Kind::Float)?;
-    check_shape(BACKWARD, "lse", lse, &shape.lse)?;
-    let Gradients { dq, dk, dv } = gradients;
-    check_heads(BACKWARD, "dq", dq, shape.kind, shape.query)?;
-    check_heads(BACKWARD, "dk", dk, shape.kind, shape.key)?;
-    check_heads(BACKWARD, "dv", dv, shape.kind, shape.key)?;
-    let one_call = |call: [i64; 4]| {
-        let (fresh_q, fresh_k, fresh_v) =
-            Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu_backward::<Tensor>(
-                &cut(dout, call)?,
-                &cut(inputs.q, call)?,
-                &cut(inputs.k, call)?,
-                &cut(inputs.v, call)?,
-                &cut(out, call)?,
-                &cut_lse(lse, call)?,
-                0.0,
-                true,
-                None,
-                inputs.scale,
-            )?;
-        cut(dq, call)?.f_copy_(&fresh_q)?;
-        cut(dk, call)?.f_copy_(&fresh_k)?;
-        cut(dv, call)?.f_copy_(&fresh_v)
-    };
-    inputs
-        .calls()
-        .into_iter()
-        .try_for_each(one_call)
-        .map_err(torch(BACKWARD))
+    let shape = inputs.shape(BACKWARD)?;
+    with_float!(BACKWARD, "q", inputs.q => T: {
+        let mut operands = Operands::new(BACKWARD);
+        let arguments = inputs.heads::<T>(&mut operands, &shape)?;
+        let out = heads::<T>(&mut operands, "out", out, shape.query)?;
+        let lse = operands.read::<f32>("lse", lse, &shape.lse)?;
+        let dout = heads::<T>(&mut operands, "dout", dout, shape.query)?;
+        let Gradients { dq, dk, dv } = gradients;
+        let shapes = [shape.query, shape.key, shape.key];
+        let [q, k, v] = operands.write_views([
+            ("dq", dq, shapes[0]),
+            ("dk", dk, shapes[1]),
+            ("dv", dv, shapes[2]),
+        ])?;
+        // SAFETY: `write_views` found the elements of each view in a tensor that is borrowed
+        // uniquely, and none that two views have in common.
+        let mut gradients = unsafe {
+            flash::Gradients {
+                dq: HeadsMut::<T>::from_raw(q.0, shapes[0], q.1)?,
+                dk: HeadsMut::<T>::from_raw(k.0, shapes[1], k.1)?,
+                dv: HeadsMut::<T>::from_raw(v.0, shapes[2], v.1)?,
+            }
+        };
+        let mut scratch = scratch::<T>(workspace, shape.query, shape.key[2])?;
+        let scratch = as_mut_slice(&mut scratch)?;
+        flash::backward(&arguments, &out, lse, &dout, &mut gradients, scratch)
+    })
 }
 
 /// The same function as a composition of libtorch ops with a dense mask, for autograd to

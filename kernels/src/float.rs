@@ -3,6 +3,9 @@
 use half::bf16;
 use tch::Kind;
 
+use crate::microkernel::{Element, head, head_mut};
+use crate::simd::vector::{Simd, WIDTH};
+
 /// A Rust type that is the memory of one tensor element.
 ///
 /// tch's own `Element` will not do: for `half::bf16` it answers `Kind::Half`.
@@ -33,6 +36,12 @@ pub trait Float: Scalar {
 
     /// Rounds to nearest, ties to even; NaN stays NaN.
     fn from_f32(value: f32) -> Self;
+
+    /// Sixteen numbers, widened.
+    fn load<S: Simd>(simd: S, from: &[Self; WIDTH]) -> S::F;
+
+    /// Sixteen numbers, rounded.
+    fn store<S: Simd>(simd: S, x: S::F, to: &mut [Self; WIDTH]);
 }
 
 impl Float for f32 {
@@ -44,6 +53,16 @@ impl Float for f32 {
     #[inline(always)]
     fn from_f32(value: f32) -> f32 {
         value
+    }
+
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, from: &[f32; WIDTH]) -> S::F {
+        simd.load(from)
+    }
+
+    #[inline(always)]
+    fn store<S: Simd>(simd: S, x: S::F, to: &mut [f32; WIDTH]) {
+        simd.store(x, to);
     }
 }
 
@@ -61,6 +80,67 @@ impl Float for bf16 {
         let quiet = (bits >> 16) | 0x40;
         bf16::from_bits(if value.is_nan() { quiet } else { rounded } as u16)
     }
+
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, from: &[bf16; WIDTH]) -> S::F {
+        simd.load_bf16(from)
+    }
+
+    #[inline(always)]
+    fn store<S: Simd>(simd: S, x: S::F, to: &mut [bf16; WIDTH]) {
+        simd.store_bf16(x, to);
+    }
+}
+
+/// A storage dtype that can be packed as the operand `E` of a product.
+pub trait Operand<E: Element>: Float {
+    /// Sixteen words of operands from the `16 · E::PER_WORD` numbers they stand for.
+    fn load_words<S: Simd>(simd: S, from: &[Self]) -> S::F;
+}
+
+impl Operand<f32> for f32 {
+    #[inline(always)]
+    fn load_words<S: Simd>(simd: S, from: &[f32]) -> S::F {
+        simd.load(head(from))
+    }
+}
+
+impl Operand<f32> for bf16 {
+    #[inline(always)]
+    fn load_words<S: Simd>(simd: S, from: &[bf16]) -> S::F {
+        simd.load_bf16(head(from))
+    }
+}
+
+impl Operand<bf16> for bf16 {
+    #[inline(always)]
+    fn load_words<S: Simd>(simd: S, from: &[bf16]) -> S::F {
+        <bf16 as Element>::load_words(simd, from)
+    }
+}
+
+/// Sixteen numbers of a row from `at` on, zeros past its end.
+#[inline(always)]
+pub(crate) fn load_padded<T: Float, S: Simd>(simd: S, row: &[T], at: usize) -> S::F {
+    let rest = &row[at.min(row.len())..];
+    if rest.len() >= WIDTH {
+        return T::load(simd, head(rest));
+    }
+    let mut padded = [T::default(); WIDTH];
+    padded[..rest.len()].copy_from_slice(rest);
+    T::load(simd, &padded)
+}
+
+/// Writes sixteen numbers into a row from `at` on, as many as it has room for.
+#[inline(always)]
+pub(crate) fn store_cut<T: Float, S: Simd>(simd: S, x: S::F, row: &mut [T], at: usize) {
+    let rest = &mut row[at..];
+    if rest.len() >= WIDTH {
+        return T::store(simd, x, head_mut(rest));
+    }
+    let mut all = [T::default(); WIDTH];
+    T::store(simd, x, &mut all);
+    rest.copy_from_slice(&all[..rest.len()]);
 }
 
 /// Runs an expression with a type name standing for the dtype of a CPU tensor: f32 or bf16.

@@ -13,13 +13,12 @@
 //! * **Outputs** are preallocated. Input gradients are written (`=`) or added to (`+=`) as each op
 //!   says; weight gradients are fp32 and always added to, so micro-batches accumulate by
 //!   themselves. A weight gradient that is not wanted is `None`.
-//! * **Scratch** comes from a [`Workspace`]. Nothing else is allocated per call, except by calls of
-//!   libtorch that have no `out` form (flash attention, see [`attention`]).
+//! * **Scratch** comes from a [`Workspace`]. Nothing else is allocated per call.
 //! * **Arguments** are checked before anything is written: device, dtype, shape, layout, overlap
 //!   of outputs. A device or dtype without a kernel answers [`Error::Unsupported`].
 //! * **Determinism.** The same call gives the same bits. Own kernels also do so on any number of
-//!   threads, because they sum in blocks whose size is fixed; matrix products and attention are
-//!   the libraries' and may round differently on another number of threads.
+//!   threads, because they sum in blocks whose size is fixed; matrix products are the libraries' and
+//!   may round differently on another number of threads.
 //!
 //! # Modules
 //!
@@ -29,9 +28,9 @@
 //! * Updating it: [`norm`], [`adamw`]; starting it: [`philox`].
 //! * The machine: [`Threads`], [`memory`] (bytes of libtorch's CPU tensors, counted by a small C++
 //!   shim), [`probe`] (what this processor does fast), [`stacks`] (what its threads are doing).
-//! * Underneath: [`simd`] compiles plain Rust loops once per instruction set, [`sys`] runs them on
-//!   libtorch's own OpenMP threads, so that compute has one pool, and holds all `unsafe` code that
-//!   touches memory.
+//! * Underneath: [`simd`] compiles plain Rust loops once per instruction set and names vectors where
+//!   that is not enough, [`microkernel`] multiplies small matrices, [`sys`] runs loops on libtorch's
+//!   own OpenMP threads, so that compute has one pool, and turns tensors into slices.
 
 pub mod adamw;
 pub mod add;
@@ -45,6 +44,7 @@ mod float;
 pub mod linear;
 pub mod linear_cross_entropy;
 pub mod memory;
+pub mod microkernel;
 pub mod norm;
 pub mod philox;
 pub mod probe;
@@ -61,7 +61,7 @@ mod workspace;
 
 pub use documents::DocumentStarts;
 pub use error::Error;
-pub use float::{Float, Scalar};
+pub use float::{Float, Operand, Scalar};
 pub use probe::cpu_prefers_bf16;
 pub use rope::RopeTable;
 pub use threads::Threads;

@@ -1,27 +1,122 @@
 //! One source, several instruction sets.
 //!
-//! Inner loops are plain Rust over slices, written so that the compiler vectorises them (fixed
-//! lanes for sums, selects instead of branches). the macro `simd!` compiles such a function once per level
-//! and picks one at run time. No loop uses fused multiply-add or reorders a sum by itself, so
-//! every level gives the same bits; only the speed differs.
+//! Two ways lead from one source to several levels:
+//!
+//! * The macro `simd!` compiles plain Rust over slices, written so that the compiler vectorises it
+//!   (fixed lanes for sums, selects instead of branches), once per level and picks one at run time.
+//!   No such loop uses fused multiply-add or reorders a sum by itself, so every level gives the
+//!   same bits; only the speed differs.
+//! * [`vector`] names the operations on sixteen fp32 numbers and implements them per level with
+//!   intrinsics, for the few loops that live on fused multiply-add, transposes and bf16 pairs (the
+//!   micro-kernels and what surrounds them). Levels differ there in the last bits.
+//!
+//! [`level`] is the best level of this processor, unless the environment variable `OXITRON_SIMD`
+//! (`portable`, `avx2`, `avx512`, `avx512bf16`, `amx`) or [`with_level`] asks for a lower one.
+//! Both can only lower it: no setting makes a program use instructions that are absent.
 
+use std::cell::Cell;
+use std::str::FromStr;
 use std::sync::OnceLock;
 
-/// Instruction sets that inner loops are compiled for.
+pub mod vector;
+
+/// Instruction sets that inner loops are compiled for. Each contains the ones before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
     /// What every processor of the target has.
     Portable,
-    /// AVX2.
+    /// AVX2 with fused multiply-add.
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
+    /// The dot products of bf16 pairs (`vdpbf16ps`) of AVX-512 BF16.
+    Avx512Bf16,
+    /// The tiles of AMX with bf16 products, as far as the kernel of the system grants them.
+    Amx,
 }
 
-/// The best level of this processor, asked once.
+impl Level {
+    /// Every level, lowest first.
+    pub const ALL: [Level; 5] = [
+        Level::Portable,
+        Level::Avx2,
+        Level::Avx512,
+        Level::Avx512Bf16,
+        Level::Amx,
+    ];
+
+    /// The name that `OXITRON_SIMD` takes.
+    pub fn name(self) -> &'static str {
+        match self {
+            Level::Portable => "portable",
+            Level::Avx2 => "avx2",
+            Level::Avx512 => "avx512",
+            Level::Avx512Bf16 => "avx512bf16",
+            Level::Amx => "amx",
+        }
+    }
+}
+
+impl FromStr for Level {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Level, String> {
+        let found = Level::ALL.into_iter().find(|level| level.name() == text);
+        found.ok_or_else(|| {
+            let names = Level::ALL.map(Level::name).join(", ");
+            format!("OXITRON_SIMD is {text:?}, but must be one of {names}")
+        })
+    }
+}
+
+thread_local! {
+    static FORCED: Cell<Option<Level>> = const { Cell::new(None) };
+}
+
+/// The level that calls from this thread use: the best of this processor, lowered by
+/// `OXITRON_SIMD` and [`with_level`]. An op asks once, on the thread that calls it, so its workers
+/// all use the same.
 pub fn level() -> Level {
+    let level = allowed();
+    FORCED.get().map_or(level, |forced| forced.min(level))
+}
+
+/// The best level of this processor that `OXITRON_SIMD` allows, asked once. A value that is no
+/// level limits nothing; a program that wants to refuse it calls [`requested`] at its start.
+///
+/// AMX must be asked for: its blocking is tested on emulated tiles, its instructions have not run on
+/// a processor yet.
+fn allowed() -> Level {
     static LEVEL: OnceLock<Level> = OnceLock::new();
-    *LEVEL.get_or_init(detect)
+    *LEVEL.get_or_init(|| match requested() {
+        Ok(Some(limit)) => detect().min(limit),
+        _ => detect().min(Level::Avx512Bf16),
+    })
+}
+
+/// What `OXITRON_SIMD` asks for, if it is set.
+///
+/// # Errors
+/// A message with the names that it can take.
+pub fn requested() -> Result<Option<Level>, String> {
+    match std::env::var_os("OXITRON_SIMD") {
+        Some(text) => text.to_string_lossy().parse().map(Some),
+        None => Ok(None),
+    }
+}
+
+/// Runs `body` with [`level`] of this thread lowered to at most `limit`, for tests and
+/// measurements.
+pub fn with_level<R>(limit: Level, body: impl FnOnce() -> R) -> R {
+    /// Puts the former setting back, also when `body` panics.
+    struct Restore(Option<Level>);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            FORCED.set(self.0);
+        }
+    }
+    let _restore = Restore(FORCED.replace(Some(limit)));
+    body()
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -30,12 +125,17 @@ fn detect() -> Level {
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("avx512vl");
-    if avx512 {
-        Level::Avx512
-    } else if is_x86_feature_detected!("avx2") {
-        Level::Avx2
-    } else {
+    let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+    if !avx2 {
         Level::Portable
+    } else if !avx512 {
+        Level::Avx2
+    } else if !is_x86_feature_detected!("avx512bf16") {
+        Level::Avx512
+    } else if !crate::microkernel::amx::available() {
+        Level::Avx512Bf16
+    } else {
+        Level::Amx
     }
 }
 
@@ -73,11 +173,12 @@ macro_rules! simd {
 
             #[cfg(target_arch = "x86_64")]
             match $crate::simd::level() {
-                // SAFETY: `level` found these features on this processor.
-                $crate::simd::Level::Avx512 => return unsafe { avx512($($arg),*) },
-                // SAFETY: as above.
-                $crate::simd::Level::Avx2 => return unsafe { avx2($($arg),*) },
                 $crate::simd::Level::Portable => {}
+                // SAFETY: `level` found these features on this processor.
+                $crate::simd::Level::Avx2 => return unsafe { avx2($($arg),*) },
+                // SAFETY: as above; the levels after it contain it, and bring nothing for loops
+                // without matrix products.
+                _ => return unsafe { avx512($($arg),*) },
             }
             portable($($arg),*)
         }
@@ -213,6 +314,22 @@ mod tests {
         assert_eq!(exp(88.5), f32::INFINITY);
         assert_eq!(exp(f32::INFINITY), f32::INFINITY);
         assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn a_level_can_be_lowered_but_not_raised() {
+        let best = level();
+        for limit in Level::ALL {
+            assert_eq!(with_level(limit, level), best.min(limit));
+            assert_eq!(limit.name().parse(), Ok(limit));
+        }
+        assert_eq!(level(), best);
+        assert!(
+            "sse9"
+                .parse::<Level>()
+                .unwrap_err()
+                .contains("avx512bf16, amx")
+        );
     }
 
     simd! {

@@ -84,3 +84,21 @@ pub fn assert_thread_independent(f: impl Fn() -> Vec<u32> + Copy + Send + 'stati
         );
     }
 }
+
+/// `n` numbers in -1..1, given by a name.
+pub fn uniform(name: &str, n: usize) -> Vec<f32> {
+    let mut state = name.bytes().fold(0x9e37_79b9_7f4a_7c15u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    });
+    let mut next = || {
+        // splitmix64
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = state;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) >> 40
+    };
+    (0..n)
+        .map(|_| next() as f32 / (1u64 << 23) as f32 - 1.0)
+        .collect()
+}

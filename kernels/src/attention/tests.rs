@@ -1,6 +1,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 use super::*;
 use crate::testing::*;
+use tch::Device;
 
 /// q, k and v as views into one fused buffer `[batch, seq, nq + 2·nkv, d]`.
 fn fused(name: &str, batch: i64, seq: i64, [nq, nkv, d]: [i64; 3], kind: Kind) -> [Tensor; 3] {
@@ -25,7 +26,8 @@ fn check(documents: &DocumentStarts, heads: [i64; 3], kind: Kind, bound: f64) {
     };
     let mut out = poison(&[batch, seq, nq, d], kind);
     let mut lse = poison(&[batch, nq, seq], Kind::Float);
-    forward(&inputs, &mut out, &mut lse).unwrap();
+    let mut workspace = Workspace::new(Device::Cpu);
+    forward(&inputs, &mut out, &mut lse, &mut workspace).unwrap();
 
     let (q64, k64, v64) = (leaf(&q), leaf(&k), leaf(&v));
     let expected = reference(&Inputs {
@@ -44,7 +46,10 @@ fn check(documents: &DocumentStarts, heads: [i64; 3], kind: Kind, bound: f64) {
         dk: &mut dk,
         dv: &mut dv,
     };
-    backward(&inputs, &out, &lse, &dout, gradients).unwrap();
+    backward(&inputs, &out, &lse, &dout, gradients, &mut workspace).unwrap();
+    let heads = heads.map(|count| count as usize);
+    let taken = workspace_bytes(kind, documents.batch() * documents.seq(), heads).unwrap();
+    assert_eq!(workspace.bytes(), taken as u64);
     // A single token attends to itself alone: its dq and dk are zero.
     if documents.attention_pairs() > (batch * seq) as u64 {
         assert_close("dq", &dq, &expected[0], bound);
@@ -85,6 +90,7 @@ fn a_document_does_not_see_its_neighbours() {
             },
             &mut out,
             &mut lse,
+            &mut Workspace::new(Device::Cpu),
         )
         .unwrap();
         out
@@ -119,14 +125,15 @@ fn same_bits_on_any_number_of_threads() {
         };
         let mut out = poison(&[1, 150, 8, 16], Kind::BFloat16);
         let mut lse = poison(&[1, 8, 150], Kind::Float);
-        forward(&inputs, &mut out, &mut lse).unwrap();
+        let mut workspace = Workspace::new(Device::Cpu);
+        forward(&inputs, &mut out, &mut lse, &mut workspace).unwrap();
         let [mut dq, mut dk, mut dv] = fused("d", 1, 150, [8, 2, 16], Kind::BFloat16);
         let gradients = Gradients {
             dq: &mut dq,
             dk: &mut dk,
             dv: &mut dv,
         };
-        backward(&inputs, &out, &lse, &out, gradients).unwrap();
+        backward(&inputs, &out, &lse, &out, gradients, &mut workspace).unwrap();
         [bits(&out), bits(&lse), bits(&dq), bits(&dk), bits(&dv)].concat()
     });
 }
@@ -144,7 +151,13 @@ fn bad_arguments_are_refused() {
         documents: &documents,
         scale: 0.5,
     };
-    forward(&inputs, &mut out, &mut lse).unwrap();
+    forward(
+        &inputs,
+        &mut out,
+        &mut lse,
+        &mut Workspace::new(Device::Cpu),
+    )
+    .unwrap();
     let other = DocumentStarts::whole(1, 9);
     let error = forward(
         &Inputs {
@@ -153,6 +166,7 @@ fn bad_arguments_are_refused() {
         },
         &mut out,
         &mut lse,
+        &mut Workspace::new(Device::Cpu),
     );
     assert!(
         error
@@ -162,13 +176,34 @@ fn bad_arguments_are_refused() {
     );
     let wide = q.narrow(2, 0, 5);
     assert!(
-        forward(&Inputs { q: &wide, ..inputs }, &mut out, &mut lse)
-            .unwrap_err()
-            .to_string()
-            .contains("5 query heads cannot share 2")
+        forward(
+            &Inputs { q: &wide, ..inputs },
+            &mut zeros(&[1, 8, 5, 4], Kind::Float),
+            &mut zeros(&[1, 5, 8], Kind::Float),
+            &mut Workspace::new(Device::Cpu)
+        )
+        .unwrap_err()
+        .to_string()
+        .contains("5 query heads cannot share 2")
     );
     let mut half = lse.to_kind(Kind::BFloat16);
-    assert!(forward(&inputs, &mut out, &mut half).is_err());
+    assert!(
+        forward(
+            &inputs,
+            &mut out,
+            &mut half,
+            &mut Workspace::new(Device::Cpu)
+        )
+        .is_err()
+    );
     let mut transposed = zeros(&[1, 8, 4, 6], Kind::Float).transpose(2, 3);
-    assert!(forward(&inputs, &mut transposed, &mut lse).is_err());
+    assert!(
+        forward(
+            &inputs,
+            &mut transposed,
+            &mut lse,
+            &mut Workspace::new(Device::Cpu)
+        )
+        .is_err()
+    );
 }

@@ -10,6 +10,10 @@ use tch::{Device, Kind, Tensor};
 use super::split::Grid;
 use crate::{Error, Scalar};
 
+mod views;
+
+pub(crate) use views::reach;
+
 /// Most tensors that one op takes.
 const MOST: usize = 12;
 
@@ -166,21 +170,24 @@ impl Operands {
         if !start.is_multiple_of(align_of::<E>()) {
             return Err(self.layout(name, tensor, "aligned to its element size"));
         }
-        let span = Span {
+        self.claim_span(Span {
             name,
             start,
             end: start + len * size_of::<E>(),
             written,
-        };
+        })
+    }
+
+    fn claim_span(&mut self, span: Span) -> Result<(), Error> {
         for slot in &mut self.spans {
             match slot {
                 Some(other) => {
                     let overlap = span.start < other.end && other.start < span.end;
-                    if overlap && (written || other.written) {
+                    if overlap && (span.written || other.written) {
                         return Err(Error::Overlap {
                             op: self.op,
                             first: other.name,
-                            second: name,
+                            second: span.name,
                         });
                     }
                 }
