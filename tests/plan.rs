@@ -29,6 +29,21 @@ fn expect(found: &Value, figures: &[(&str, Value)]) {
     }
 }
 
+/// Elements that the workspace of a micro-batch of 64 tokens holds, but for attention's.
+const WORKSPACE: usize = 64 + 64 * 512 + 64 * 64;
+
+/// Bytes that attention takes of the workspace: they depend on this machine's caches.
+fn attention_bytes(config: &Path) -> usize {
+    let found = json_of(config, &[]);
+    let workspace = &found["stages"][0]["activations_workspace_bytes"];
+    workspace.as_u64().unwrap() as usize - 4 * WORKSPACE
+}
+
+/// So many bytes more than attention takes, as an argument.
+fn beside_attention(config: &Path, bytes: usize) -> String {
+    format!("{}KiB", (attention_bytes(config) + bytes) >> 10)
+}
+
 /// Elements of all units, each matrix padded to 128: embedding and head of 512 · 64, two blocks of
 /// 128 + 128 · 64 + 64 · 64 + 128 + 352 · 64 + 64 · 176, and the final norm.
 const PADDED: usize = 2 * 32_768 + 2 * 46_336 + 128;
@@ -59,10 +74,9 @@ fn two_shard_groups_of_two_hold_and_send_what_the_formulas_say() {
     let block = kept + hidden + statistics;
     let gradients = kept + 2 * hidden + hidden;
     let shared = 2 * hidden + gradients + 2 * hidden + 1;
-    let workspace = 64 + 64 * 512 + 64 * 64;
-    let attention = 64 * 128;
-    let without = 4 * (64 * (3 * hidden + 2 * block + shared) + workspace + attention);
-    let with = 4 * (64 * (3 * hidden + block + shared) + workspace + attention);
+    let attention = attention_bytes(&config);
+    let without = 4 * (64 * (3 * hidden + 2 * block + shared) + WORKSPACE) + attention;
+    let with = 4 * (64 * (3 * hidden + block + shared) + WORKSPACE) + attention;
     expect(
         &found["stages"][0],
         &[
@@ -123,7 +137,8 @@ fn a_cluster_gives_memory_and_times() {
     // One sample is all that a rank has to compute in a step.
     assert_eq!(stage["largest_micro_batch_without_recompute"], 1);
     assert_eq!(stage["fits"], true);
-    let direct = ["--set", "checkpoint.async=false", "--memory", "5MiB"];
+    let memory = beside_attention(&config, 5 << 20);
+    let direct = ["--set", "checkpoint.async=false", "--memory", &memory];
     let alone = json_of(&config, &[&["--cluster", &cluster], &direct[..]].concat());
     let stage = &alone["stages"][0];
     let largest = |key: &str| stage[key].as_u64().unwrap();
@@ -225,17 +240,18 @@ fn what_cannot_run_is_refused() {
     )
     .refused(2, &["which has 3 ranks here"]);
     let direct = ["--set", "checkpoint.async=false"];
-    plan(&config, &[&["--memory", "3MiB"], &direct[..]].concat()).refused(
+    let [three, four, nine] = [3, 4, 9].map(|mib| beside_attention(&config, mib << 20));
+    plan(&config, &[&["--memory", &three], &direct[..]].concat()).refused(
         2,
         &[
             "stage \"short\": a rank needs ",
-            "even with micro_batch = 1 and recompute = \"full\", and has 3.00 MiB",
+            "even with micro_batch = 1 and recompute = \"full\", and has ",
             "what would fit: 2 ranks (",
         ],
     );
-    plan(&config, &["--memory", "4MiB"])
-        .refused(2, &["fit: checkpoint.async = false (3.", "2 ranks ("]);
-    let deep = ["--set", "model.num_layers=12", "--memory", "9MiB"];
+    plan(&config, &["--memory", &four])
+        .refused(2, &["fit: checkpoint.async = false (", "2 ranks ("]);
+    let deep = ["--set", "model.num_layers=12", "--memory", &nine];
     plan(&config, &[&["--ranks", "2"], &deep[..], &direct].concat())
         .refused(2, &["what would fit: zero_stage = 2 (", "4 ranks ("]);
     plan(&config, &["--memory", "1MiB"]).refused(2, &["it takes more memory or a smaller model"]);

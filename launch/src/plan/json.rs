@@ -79,7 +79,6 @@ fn stage(report: &Report, index: usize) -> Value {
         "activations_kept_bytes": activations.kept,
         "activations_shared_bytes": activations.shared,
         "activations_workspace_bytes": activations.workspace,
-        "activations_temporary_bytes": activations.temporary,
         "activations_without_recompute_bytes": figures.without_recompute.total(),
         "activations_with_recompute_bytes": figures.with_recompute.total(),
         "total_bytes": figures.total(),

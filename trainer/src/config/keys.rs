@@ -87,7 +87,7 @@ pub(super) const MODEL: &[Key] = &[
     key("num_heads", Integer(1, 1 << 16), Required, "", "Query heads."),
     key("num_kv_heads", Integer(1, 1 << 16), From("model.num_heads"), "",
         "Key and value heads; divides `num_heads`."),
-    key("head_dim", Integer(2, 1 << 16), Rule("`hidden_size / num_heads`"), "",
+    key("head_dim", Integer(2, 256), Rule("`hidden_size / num_heads`"), "",
         "Width of a head; even."),
     key("rms_norm_eps", Number(Positive), Is("1e-5"), "",
         "Added to the mean square inside the root."),

@@ -2,6 +2,8 @@
 //!
 //! They read the typed configuration and use the tree only to point at the text.
 
+use oxitron_kernels::attention::flash::MOST_DIM;
+
 use super::error::{ConfigError, Problem, refuse_if_any};
 use super::guard::SampleRange;
 use super::model::Dtype;
@@ -79,6 +81,18 @@ impl Check<'_> {
             let help = "change `head_dim`, or `hidden_size` or `num_heads` that it follows from";
             let paths = ["model.head_dim", "model.hidden_size", "model.num_heads"];
             self.problem(&paths, message, help.to_owned());
+        }
+        if model.head_dim > MOST_DIM {
+            let message = format!(
+                "`model.head_dim` is {}, attention takes at most {MOST_DIM}",
+                model.head_dim
+            );
+            let help = format!(
+                "give `num_heads` {} or more",
+                model.hidden_size.div_ceil(MOST_DIM)
+            );
+            let paths = ["model.head_dim", "model.hidden_size", "model.num_heads"];
+            self.problem(&paths, message, help);
         }
     }
 

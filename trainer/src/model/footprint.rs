@@ -1,10 +1,10 @@
 //! Bytes of activations, counted without allocating any.
 //!
 //! The twin of [`Activations`](super::Activations): what is allocated there is counted here, and a
-//! test of the allocator holds the two together. On top come what operations take from the
-//! workspace and what libtorch's attention returns in fresh tensors.
+//! test of the allocator holds the two together. On top comes what operations take from the
+//! workspace.
 
-use oxitron_kernels::{linear, linear_cross_entropy, rms_norm};
+use oxitron_kernels::{attention, linear, linear_cross_entropy, rms_norm};
 use tch::Kind;
 
 use super::{
@@ -27,14 +27,12 @@ pub struct ActivationBytes {
     pub shared: usize,
     /// Scratch of operations, the logits of a chunk of tokens among it.
     pub workspace: usize,
-    /// Tensors that libtorch makes and frees inside an operation, at their largest.
-    pub temporary: usize,
 }
 
 impl ActivationBytes {
     /// All of it.
     pub fn total(&self) -> usize {
-        self.kept + self.shared + self.workspace + self.temporary
+        self.kept + self.shared + self.workspace
     }
 }
 
@@ -54,6 +52,9 @@ pub fn activation_bytes(
         },
         tokens,
     };
+    let heads = [model.num_heads, model.num_kv_heads, model.head_dim];
+    // The configuration has refused heads that the operation refuses.
+    let attention = attention::workspace_bytes(kind(compute), tokens, heads).unwrap_or(0);
     let (blocks, hidden) = (model.num_layers, model.hidden_size);
     let stream = (blocks + 1) * count.values(hidden, count.precision.residual);
     ActivationBytes {
@@ -63,8 +64,7 @@ pub fn activation_bytes(
             + count.values(hidden, count.precision.residual)
             + 2 * count.values(hidden, count.precision.compute)
             + tokens * STATISTIC,
-        workspace: count.workspace(hidden, model.vocab_size),
-        temporary: count.temporary(),
+        workspace: count.workspace(hidden, model.vocab_size) + attention,
     }
 }
 
@@ -122,16 +122,6 @@ impl Count {
             .max();
         let of_blocks = largest.unwrap_or(0).saturating_sub(of_head);
         head + of_blocks + rms_norm::workspace_bytes(self.tokens, hidden)
-    }
-
-    /// Attention's backward pass returns the gradients of queries, keys and values in tensors of
-    /// its own: at most those of a whole micro-batch, when no document ends inside a sample.
-    fn temporary(&self) -> usize {
-        let attention = self.program.ops.iter().filter_map(|op| match *op {
-            Op::Attention { qkv, .. } => Some(self.slot(&self.program.slots[qkv])),
-            _ => None,
-        });
-        attention.max().unwrap_or(0)
     }
 }
 

@@ -97,7 +97,8 @@ impl BlockRun<'_> {
                 let heads = projections(qkv, self.batch, self.heads)?;
                 let mut log_sum_exp = per_head(log_sum_exp, self.batch, self.heads)?;
                 let mut y = heads_view(y, self.batch, self.heads)?;
-                attention::forward(&self.attention_inputs(&heads), &mut y, &mut log_sum_exp)
+                let inputs = attention_inputs(self.batch, self.heads, &heads);
+                attention::forward(&inputs, &mut y, &mut log_sum_exp, self.workspace)
             }
             Op::SwiGlu { gate_up, y } => {
                 let [gate_up, y] = self.slots.get([gate_up, y])?;
@@ -159,13 +160,9 @@ impl BlockRun<'_> {
                     dk: &mut gradient.key,
                     dv: &mut gradient.value,
                 };
-                attention::backward(
-                    &self.attention_inputs(&heads),
-                    &y,
-                    &log_sum_exp,
-                    &d_y,
-                    gradients,
-                )
+                let inputs = attention_inputs(self.batch, self.heads, &heads);
+                let workspace = &mut *self.workspace;
+                attention::backward(&inputs, &y, &log_sum_exp, &d_y, gradients, workspace)
             }
             Op::SwiGlu { gate_up, y } => {
                 let [d_gate_up, d_y] = gradients.get([gate_up, y])?;
@@ -187,15 +184,19 @@ impl BlockRun<'_> {
         let [qkv] = self.slots.get([qkv])?;
         rotated_heads(qkv, self.heads)
     }
+}
 
-    fn attention_inputs<'t>(&'t self, heads: &'t Projections) -> attention::Inputs<'t> {
-        attention::Inputs {
-            q: &heads.query,
-            k: &heads.key,
-            v: &heads.value,
-            documents: &self.batch.documents,
-            scale: 1.0 / (self.heads.width as f64).sqrt(),
-        }
+fn attention_inputs<'t>(
+    batch: &'t Batch,
+    heads: Heads,
+    projections: &'t Projections,
+) -> attention::Inputs<'t> {
+    attention::Inputs {
+        q: &projections.query,
+        k: &projections.key,
+        v: &projections.value,
+        documents: &batch.documents,
+        scale: 1.0 / (heads.width as f64).sqrt(),
     }
 }
 

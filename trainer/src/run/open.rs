@@ -1,7 +1,7 @@
 //! Opening a run: a new one with initial values, or one that has begun from its newest checkpoint.
 
 use oxitron_data::{Dataset, DatasetSpec, SourceSpec};
-use oxitron_kernels::{Threads, memory};
+use oxitron_kernels::{Threads, memory, simd};
 use tch::Device;
 
 use super::{
@@ -40,6 +40,7 @@ impl<'a> Trainer<'a> {
         options: &Options,
     ) -> Result<Self, RunError> {
         let ranks = Ranks::new(comm)?;
+        ranks.together(simd::requested().map_err(RunError::Plan))?;
         let plan = RunPlan::new(config, ranks.ranks, comm.local_world())?;
         check_nodes(config, &ranks, comm)?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -145,9 +146,10 @@ impl<'a> Trainer<'a> {
         let (mesh, traffic) = (&self.plan.layout.mesh, &figures.traffic);
         let shown = |count: usize| bytes(count as u64);
         tracing::info!(
-            "{} parameters, {} on {} ranks: zero_stage {}, {} shard groups of {}",
+            "{} parameters, {} ({}) on {} ranks: zero_stage {}, {} shard groups of {}",
             grouped(self.plan.units.parameters() as u64),
             dtype_name(self.dtype),
+            simd::level().name(),
             self.ranks.ranks,
             self.config.parallel.zero_stage,
             mesh.replicate,
