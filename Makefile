@@ -62,9 +62,10 @@ oracle: build ## golden files made again and exports loaded by transformers (5 G
 peers: ## PyTorch for bench-peers (5 GB, unless make oracle has brought it)
 	@tests/peers/setup.sh
 
-bench-peers: build peers ## tokens/s beside PyTorch DDP and FSDP2, and two ranks beside one
-	folder=$$(tests/peers/setup.sh) && "$$folder/venv/bin/python" -B tests/peers/compare.py \
-		--scaling
+bench-peers: build peers ## a step beside eager and compiled PyTorch, two ranks beside DDP and FSDP2
+	folder=$$(tests/peers/setup.sh) && python="$$folder/venv/bin/python -B" && \
+		{ $$python tests/peers/steps.py; steps=$$?; } && \
+		$$python tests/peers/compare.py --scaling && exit $$steps
 
 bench-overlap: build ## how much communication hides behind backward, over a slow link (as root)
 	python3 -B tests/bench/overlap.py

@@ -48,6 +48,11 @@ def processor() -> str:
     return " ".join([facts.get("model name", platform.machine()), *bf16])
 
 
+def has_amx() -> bool:
+    """Whether the processor multiplies tiles of bf16."""
+    return "amx_bf16" in processor()
+
+
 def has_fast_bf16() -> bool:
     """Whether the processor multiplies bf16 fast."""
     return "bf16" in processor()

@@ -50,6 +50,7 @@ class Settings:
     dtype: str = "bf16"
     grad_reduce_dtype: str = "fp32"
     overlap: bool = True
+    micro_batch: int = 1
     trace_steps: tuple[int, int] | None = None
 
 
@@ -99,7 +100,7 @@ name = "bench"
 seq_len = {settings.seq_len}
 steps = {settings.steps}
 batch_tokens = {settings.batch_tokens}
-micro_batch = 1
+micro_batch = {settings.micro_batch}
 """
 
 

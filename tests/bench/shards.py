@@ -5,7 +5,7 @@ that `oxitron data tokenize` writes the shards and nothing but the binary knows 
 
 Speed must not depend on what the documents say, and packing must not make attention cheaper than it
 is for a peer: a document is as long as several samples, exactly, so that no sample holds the end of
-one document and the beginning of the next.
+one document and the beginning of the next; or samples hold a whole number of documents, exactly.
 """
 
 import json
@@ -50,16 +50,19 @@ def tokenizer(vocab_size: int) -> dict:
     }
 
 
-def write(binary: Path, folder: Path, vocab_size: int, tokens: int) -> Path:
+def write(
+    binary: Path, folder: Path, vocab_size: int, tokens: int, document_tokens: int | None = None
+) -> Path:
     """Writes at least `tokens` tokens of shards into a new folder and returns it."""
+    document_tokens = document_tokens or DOCUMENT_TOKENS
     folder.mkdir(parents=True)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer(vocab_size)))
     words = [word(token) for token in range(FIRST_WORD, vocab_size)]
     draw = random.Random(vocab_size)
     with open(folder / "corpus.jsonl", "w", encoding="ascii") as corpus:
-        for _ in range(-(-tokens // DOCUMENT_TOKENS)):
+        for _ in range(-(-tokens // document_tokens)):
             # The end-of-text id is the last of the document's tokens.
-            text = " ".join(draw.choices(words, k=DOCUMENT_TOKENS - 1))
+            text = " ".join(draw.choices(words, k=document_tokens - 1))
             corpus.write(json.dumps({"text": text}) + "\n")
     command = [binary, "data", "tokenize", folder / "corpus.jsonl"]
     command += ["--tokenizer", folder / "tokenizer.json", "--out", folder / "shards"]

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent / "bench"))
+sys.path.insert(1, str(HERE.parent / "bench"))
 
 import outcome
 import runs

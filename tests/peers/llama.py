@@ -1,8 +1,8 @@
 """The decoder that the peers train: LLaMA as one writes it in PyTorch.
 
 Module and parameter names are those of Hugging Face's LLaMA, so that a size or a norm found here
-can be looked up on the other side. Only what PyTorch offers on a CPU is used: `rms_norm`, scaled
-dot-product attention with grouped queries, and `cross_entropy`.
+can be looked up on the other side. Only what PyTorch offers on a CPU is used: `rms_norm`, an
+attention of `attention.py`, and `cross_entropy`.
 """
 
 import math
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attention import Attend
 from model import Model
 
 
@@ -43,8 +44,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal attention, several query heads to a key and value head."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, attend: Attend) -> None:
         super().__init__()
+        self.attend = attend
         self.head_dim = model.head_dim
         width, kv_width = model.num_heads * self.head_dim, model.num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(model.hidden_size, width, bias=False)
@@ -58,7 +60,7 @@ class Attention(nn.Module):
         q = rotate(self.q_proj(x).view(split).transpose(1, 2), cos, sin)
         k = rotate(self.k_proj(x).view(split).transpose(1, 2), cos, sin)
         v = self.v_proj(x).view(split).transpose(1, 2)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        y = self.attend(q, k, v)
         return self.o_proj(y.transpose(1, 2).reshape(batch, seq, -1))
 
 
@@ -78,10 +80,10 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """Attention and SwiGLU, each behind a norm and added to the residual stream."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, attend: Attend) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps)
-        self.self_attn = Attention(model)
+        self.self_attn = Attention(model, attend)
         self.post_attention_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps)
         self.mlp = SwiGLU(model)
 
@@ -93,10 +95,10 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """Tokens and targets `[batch, seq]` to the mean loss."""
 
-    def __init__(self, model: Model, seq_len: int) -> None:
+    def __init__(self, model: Model, seq_len: int, attend: Attend) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(model.vocab_size, model.hidden_size)
-        self.layers = nn.ModuleList(Block(model) for _ in range(model.num_layers))
+        self.layers = nn.ModuleList(Block(model, attend) for _ in range(model.num_layers))
         self.norm = RMSNorm(model.hidden_size, model.rms_norm_eps)
         self.lm_head = nn.Linear(model.hidden_size, model.vocab_size, bias=False)
         cos, sin = rope_tables(seq_len, model.head_dim, model.rope_base)
