@@ -8,7 +8,7 @@ mod support;
 
 use std::fs;
 
-use support::{Fixture, ONE_STAGE, cut, golden, run, train};
+use support::{Fixture, ONE_STAGE, cut, golden, run, start_with, train};
 
 /// Asserts that a run was refused before its first step: its folder may hold the log and the
 /// record of the attempt, but no figures, no data index and nothing temporary.
@@ -393,4 +393,15 @@ fn more_ranks_than_samples_are_refused_before_any_starts() {
         ],
     );
     assert_eq!(fixture.files(), ["config.toml"]);
+}
+
+#[test]
+fn an_instruction_set_that_there_is_not_is_refused() {
+    let fixture = Fixture::without_data();
+    let config = fixture.config(ONE_STAGE);
+    let arguments = ["train", config.to_str().unwrap()];
+    start_with(&arguments, &[("OXITRON_SIMD", "sse9")])
+        .wait()
+        .refused(2, &["OXITRON_SIMD is \"sse9\"", "one of portable, avx2"]);
+    nothing_begun(&fixture);
 }

@@ -5,6 +5,7 @@ import json
 import operator
 import os
 import platform
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,6 +57,11 @@ def has_amx() -> bool:
 def has_fast_bf16() -> bool:
     """Whether the processor multiplies bf16 fast."""
     return "bf16" in processor()
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Our speed over theirs, taken within a round, where both saw the same machine; the median."""
+    return statistics.median(a / b for a, b in zip(ours, theirs))
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

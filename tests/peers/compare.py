@@ -189,8 +189,7 @@ def speeds(rounds: list[Round]) -> list[float]:
 
 
 def ratio(ours: list[Round], theirs: list[Round]) -> float:
-    """Our speed over theirs, taken within a round, where both saw the same machine; the median."""
-    return statistics.median(a / b for a, b in zip(speeds(ours), speeds(theirs)))
+    return outcome.ratio(speeds(ours), speeds(theirs))
 
 
 def print_sides(sides: list[Side], found: list[list[Round]], parameters: int) -> None:

@@ -204,11 +204,6 @@ def in_turns(sides: dict[str, Run], rounds: int) -> dict[str, list[float]]:
     return found
 
 
-def ratio(ours: list[float], theirs: list[float]) -> float:
-    """Our speed over theirs, taken within a round, where both saw the same machine; the median."""
-    return statistics.median(a / b for a, b in zip(ours, theirs))
-
-
 def measure(args: argparse.Namespace, bench: Bench) -> int:
     """Everything in order; the exit code."""
     bars: list[Bar] = []
@@ -231,13 +226,13 @@ def measure(args: argparse.Namespace, bench: Bench) -> int:
                     name,
                     statistics.median(speeds),
                     max(speeds),
-                    "" if speeds is ours else f"{ratio(ours, speeds):.2f}",
+                    "" if speeds is ours else f"{outcome.ratio(ours, speeds):.2f}",
                 )
             )
             for side, limit in shape.bars if outcome.has_amx() else shape.bars_without_amx:
                 if name.startswith(side):
                     what = f"{shape.name}: Oxitron / {name}"
-                    bars.append(Bar(what, ratio(ours, speeds), ">=", limit))
+                    bars.append(Bar(what, outcome.ratio(ours, speeds), ">=", limit))
     head = ("step", "", "tokens/s", "fastest run", "Oxitron over it")
     outcome.print_table(head, rows)
     tokens_per_second = {"tokens_per_second": figures}
