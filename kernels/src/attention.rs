@@ -9,6 +9,7 @@ use tch::{Kind, Tensor};
 
 use crate::error::torch;
 use crate::float::with_float;
+use crate::microkernel::Dtype;
 use crate::sys::operands::{Operands, as_mut_slice, sizes};
 use crate::{DocumentStarts, Error, Workspace};
 use flash::{Heads, HeadsMut, Passes};
@@ -63,7 +64,7 @@ impl Inputs<'_> {
         })
     }
 
-    fn heads<'t, T: flash::Dtype>(
+    fn heads<'t, T: Dtype>(
         &'t self,
         operands: &mut Operands,
         shape: &Shape,
@@ -78,7 +79,7 @@ impl Inputs<'_> {
     }
 }
 
-fn heads<'t, T: flash::Dtype>(
+fn heads<'t, T: Dtype>(
     operands: &mut Operands,
     name: &'static str,
     tensor: &'t Tensor,
@@ -89,7 +90,7 @@ fn heads<'t, T: flash::Dtype>(
 }
 
 /// The kernel's scratch for `tokens` tokens, enough for both passes.
-fn scratch<T: flash::Dtype>(
+fn scratch<T: Dtype>(
     workspace: &mut Workspace,
     [batch, seq, nq, d]: [usize; 4],
     nkv: usize,

@@ -15,6 +15,7 @@
 //!
 //! What is around a product (softmax, packing) uses the [`Simd`] token that belongs to the kernel.
 
+mod dispatch;
 pub mod fp32;
 pub mod pack;
 
@@ -22,6 +23,8 @@ pub mod pack;
 pub mod amx;
 #[cfg(target_arch = "x86_64")]
 pub mod dot;
+
+pub use dispatch::{Dtype, Visitor};
 
 use half::bf16;
 

@@ -25,22 +25,19 @@
 
 use std::marker::PhantomData;
 
-use half::bf16;
-
 use crate::float::Operand;
 use crate::microkernel::pack::{Strided, StridedMut};
-use crate::microkernel::{Kernel, fp32::Fp32};
-use crate::simd::vector::Portable;
+use crate::microkernel::{Dtype, Kernel, Visitor};
+use crate::sys::caches::Caches;
 use crate::sys::operands::reach;
 use crate::{DocumentStarts, Error, Float};
 
 mod backward;
 mod forward;
 mod plan;
-mod scratch;
 mod tasks;
 
-pub use plan::{Caches, Passes};
+pub use plan::Passes;
 
 const FORWARD: &str = "attention.forward";
 const BACKWARD: &str = "attention.backward";
@@ -323,72 +320,6 @@ fn check_len(op: &'static str, name: &str, found: usize, expected: usize) -> Res
     }
     let message = format!("`{name}` must hold {expected} numbers, found {found}");
     Err(Error::Argument { op, message })
-}
-
-/// A dtype of attention: f32 or bf16.
-pub trait Dtype: Float + sealed::Sealed {
-    /// Finds the kernel.
-    #[doc(hidden)]
-    fn with_kernel<V: Visitor<Self>>(visitor: V) -> V::Out;
-}
-
-/// Public to the compiler only: nobody outside can name these.
-mod sealed {
-    use crate::float::Operand;
-    use crate::microkernel::Kernel;
-
-    /// The dtypes of this crate.
-    pub trait Sealed {}
-    impl Sealed for f32 {}
-    impl Sealed for half::bf16 {}
-
-    /// What is done once the kernel is known.
-    pub trait Visitor<T> {
-        /// The answer.
-        type Out;
-
-        /// Called with the best kernel for T at the level in force.
-        fn visit<K: Kernel>(self, kernel: K) -> Self::Out
-        where
-            T: Operand<K::Element>;
-    }
-}
-use sealed::Visitor;
-
-/// The best kernel of fp32 operands.
-fn with_fp32<T: Operand<f32>, V: Visitor<T>>(visitor: V) -> V::Out {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use crate::simd::vector::{Avx2, Avx512};
-        if let Some(simd) = Avx512::<false>::detect() {
-            return visitor.visit(Fp32(simd));
-        }
-        if let Some(simd) = Avx2::detect() {
-            return visitor.visit(Fp32(simd));
-        }
-    }
-    visitor.visit(Fp32(Portable))
-}
-
-impl Dtype for f32 {
-    fn with_kernel<V: Visitor<f32>>(visitor: V) -> V::Out {
-        with_fp32(visitor)
-    }
-}
-
-impl Dtype for bf16 {
-    fn with_kernel<V: Visitor<bf16>>(visitor: V) -> V::Out {
-        #[cfg(target_arch = "x86_64")]
-        {
-            if let Some(kernel) = crate::microkernel::amx::Amx::detect() {
-                return visitor.visit(kernel);
-            }
-            if let Some(kernel) = crate::microkernel::dot::Dot::detect() {
-                return visitor.visit(kernel);
-            }
-        }
-        with_fp32(visitor)
-    }
 }
 
 /// fp32 numbers of scratch that [`forward`] and [`backward`] need for so many tokens, in whatever

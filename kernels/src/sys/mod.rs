@@ -5,13 +5,17 @@
 //!   themselves need no `unsafe`;
 //! * [`operands`]: tensors become slices here, after their device, dtype, shape, layout and overlap
 //!   have been checked;
+//! * [`scratch`]: one buffer cut into typed areas by a plan that needs no memory;
+//! * [`caches`]: how large they are;
 //! * [`stacks`]: how a thread is made to tell where it is, whatever it is doing;
 //! * [`priority`]: threads that give way to those that compute;
 //! * [`symbol`]: functions that a build of libtorch may or may not export.
 
+pub mod caches;
 pub mod operands;
 pub mod parallel;
 pub mod priority;
+pub(crate) mod scratch;
 pub mod split;
 pub mod stacks;
 pub mod symbol;

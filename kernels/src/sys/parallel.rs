@@ -9,6 +9,7 @@
 //! number of threads.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use libc::{c_int, c_uint, c_void};
 
@@ -101,6 +102,20 @@ pub fn parallel_split<S: Split>(
         let part = unsafe { output.part(range.clone()) };
         body(range, part);
     });
+}
+
+/// Tasks of one pass, handed out one by one in rising order.
+pub(crate) struct Counter(AtomicUsize);
+
+impl Counter {
+    pub(crate) fn new() -> Self {
+        Counter(AtomicUsize::new(0))
+    }
+
+    /// The next task that nobody has.
+    pub(crate) fn claim(&self) -> usize {
+        self.0.fetch_add(1, Ordering::Relaxed)
+    }
 }
 
 #[cfg(test)]

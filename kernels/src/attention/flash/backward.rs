@@ -32,11 +32,12 @@ use crate::Error;
 use crate::float::Operand;
 use crate::microkernel::{Element, Kernel, Product, head, pack};
 use crate::simd::vector::{WIDTH, per_level};
-use crate::sys::parallel::{parallel_for, threads};
+use crate::sys::caches::Caches;
+use crate::sys::parallel::{Counter, parallel_for, threads};
+use crate::sys::scratch::Scratch;
 
-use super::plan::{Backward, Caches, GRAIN, inner};
-use super::scratch::Scratch;
-use super::tasks::{Counter, Place, Walk};
+use super::plan::{Backward, GRAIN, inner};
+use super::tasks::{Place, Walk};
 use super::{BACKWARD, Gradients, Heads, Inputs, Shape};
 
 /// What the backward pass reads.

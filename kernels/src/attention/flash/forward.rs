@@ -21,11 +21,12 @@ use crate::Error;
 use crate::float::Operand;
 use crate::microkernel::{Element, Kernel, Product, head, head_mut, pack};
 use crate::simd::vector::{WIDTH, per_level};
-use crate::sys::parallel::{parallel_for, threads};
+use crate::sys::caches::Caches;
+use crate::sys::parallel::{Counter, parallel_for, threads};
+use crate::sys::scratch::Scratch;
 
-use super::plan::{Caches, Forward, GRAIN, inner};
-use super::scratch::Scratch;
-use super::tasks::{Counter, Place, Walk};
+use super::plan::{Forward, GRAIN, inner};
+use super::tasks::{Place, Walk};
 use super::{FORWARD, HeadsMut, Inputs, Shape};
 
 /// How far, in powers of two, a score may exceed the subtracted maximum.

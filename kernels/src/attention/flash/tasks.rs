@@ -1,24 +1,8 @@
 //! Which task is which: a walk over documents.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-
 use crate::DocumentStarts;
 
 use super::plan::GRAIN;
-
-/// Tasks of one pass, handed out one by one in rising order.
-pub(super) struct Counter(AtomicUsize);
-
-impl Counter {
-    pub(super) fn new() -> Self {
-        Counter(AtomicUsize::new(0))
-    }
-
-    /// The next task that nobody has.
-    pub(super) fn claim(&self) -> usize {
-        self.0.fetch_add(1, Ordering::Relaxed)
-    }
-}
 
 /// A document, and a task within it.
 #[derive(Clone, Copy, Debug)]

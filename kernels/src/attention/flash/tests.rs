@@ -1,4 +1,6 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+use half::bf16;
+
 use super::*;
 use crate::Threads;
 use crate::simd::{Level, level, with_level};

@@ -14,11 +14,11 @@ use crate::Error;
 const LINE: usize = 16;
 
 /// A part of the buffer that holds numbers of type E; private to a thread or shared by all.
-pub(super) struct Area<E> {
+pub(crate) struct Area<E> {
     /// Where it begins, in fp32 numbers from the buffer's first whole line.
     start: usize,
     /// Its length in numbers of type E.
-    pub(super) len: usize,
+    pub(crate) len: usize,
     element: PhantomData<E>,
 }
 
@@ -32,14 +32,14 @@ impl<E> Copy for Area<E> {}
 
 /// Lays areas out one after the other.
 #[derive(Default)]
-pub(super) struct Layout {
+pub(crate) struct Layout {
     /// fp32 numbers laid out so far.
     end: usize,
 }
 
 impl Layout {
     /// The next area, of `len` numbers.
-    pub(super) fn take<E>(&mut self, len: usize) -> Area<E> {
+    pub(crate) fn take<E>(&mut self, len: usize) -> Area<E> {
         let start = self.end;
         self.end += (len * size_of::<E>()).div_ceil(4).next_multiple_of(LINE);
         Area {
@@ -50,18 +50,18 @@ impl Layout {
     }
 
     /// Where the next area would begin.
-    pub(super) fn end(&self) -> usize {
+    pub(crate) fn end(&self) -> usize {
         self.end
     }
 
     /// fp32 numbers of a buffer for this much, wherever it begins in its line.
-    pub(super) fn buffer_len(end: usize) -> usize {
+    pub(crate) fn buffer_len(end: usize) -> usize {
         end + LINE - 1
     }
 }
 
 /// The buffer, while tasks share it.
-pub(super) struct Scratch<'a> {
+pub(crate) struct Scratch<'a> {
     base: *mut f32,
     len: usize,
     owner: PhantomData<&'a mut [f32]>,
@@ -75,7 +75,7 @@ impl<'a> Scratch<'a> {
     ///
     /// # Errors
     /// [`Error::Argument`] if it is shorter.
-    pub(super) fn new(
+    pub(crate) fn new(
         op: &'static str,
         buffer: &'a mut [f32],
         len: usize,
@@ -99,7 +99,7 @@ impl<'a> Scratch<'a> {
     /// No other live reference overlaps it, and E is a plain number of at most 4 bytes' alignment.
     #[allow(clippy::mut_from_ref)]
     #[inline(always)]
-    pub(super) unsafe fn get<E>(
+    pub(crate) unsafe fn get<E>(
         &self,
         area: Area<E>,
         shift: usize,
@@ -120,7 +120,7 @@ impl<'a> Scratch<'a> {
     /// # Safety
     /// Nothing writes to it while the result lives.
     #[inline(always)]
-    pub(super) unsafe fn share<E>(&self, area: Area<E>) -> &[E] {
+    pub(crate) unsafe fn share<E>(&self, area: Area<E>) -> &[E] {
         assert!(area.start + (area.len * size_of::<E>()).div_ceil(4) <= self.len);
         // SAFETY: inside the buffer by the assertion; not written by the caller's promise.
         unsafe {
@@ -134,7 +134,7 @@ impl<'a> Scratch<'a> {
     /// # Safety
     /// While the result lives, the word is used as an atomic only.
     #[inline(always)]
-    pub(super) unsafe fn atomic(&self, area: Area<u32>, at: usize) -> &AtomicU32 {
+    pub(crate) unsafe fn atomic(&self, area: Area<u32>, at: usize) -> &AtomicU32 {
         assert!(at < area.len && area.start + at < self.len);
         // SAFETY: inside the buffer by the assertion, aligned like fp32; the caller promises that
         // nothing else is done with it.
