@@ -19,8 +19,9 @@ Weights. Element `i` (row-major) of the tensor with the Hugging Face name `name`
     norms (the name ends in `norm.weight`)   1 + scale * uniform(name, i)
     every other tensor                           scale * uniform(name, i)
 
-with one `scale` per kind (`embedding` for `model.embed_tokens.weight`, `norm`, and `linear` for the
-rest, `lm_head.weight` included). Every scale is a power of two: the product is exact, the sum is
+with one `scale` per kind (`embedding` for `model.embed_tokens.weight`, `norm`, `residual` for the
+projections into the residual stream, `o_proj` and `down_proj`, and `linear` for the rest,
+`lm_head.weight` included). Every scale is a power of two: the product is exact, the sum is
 rounded once, and fused multiply-add changes nothing. A tied model has no `lm_head.weight`.
 
 Projections. Projection `j` of a tensor `name` is, in f64 and with `i` in row-major order,
@@ -72,9 +73,11 @@ def uniform(stream: str, count: int, start: int = 0) -> np.ndarray:
 
 
 def kind(name: str) -> str:
-    """Which scale a tensor takes: `embedding`, `norm` or `linear`."""
+    """Which scale a tensor takes: `embedding`, `norm`, `residual` or `linear`."""
     if name.endswith("norm.weight"):
         return "norm"
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        return "residual"
     return "embedding" if name == "model.embed_tokens.weight" else "linear"
 
 
@@ -104,12 +107,17 @@ def documents(
     spread = bits(f"{stream}/lengths", total) % _U64(longest - shortest + 1)
     lengths = spread.astype(np.int64) + shortest
     document = np.repeat(np.arange(total), lengths)[:total]
-    tokens = np.empty(total, dtype=np.int64)
-    for i, r in enumerate(bits(f"{stream}/tokens", total).tolist()):
+    return fill(stream, document, vocab), document
+
+
+def fill(stream: str, document: np.ndarray, vocab: int) -> np.ndarray:
+    """Tokens int64 of documents whose lengths are given, as the number of each token's document."""
+    tokens = np.empty(len(document), dtype=np.int64)
+    for i, r in enumerate(bits(f"{stream}/tokens", len(document)).tolist()):
         begins = i == 0 or document[i] != document[i - 1]
         drawn = begins or r % 4 == 0
         tokens[i] = (r >> 32) % vocab if drawn else (5 * tokens[i - 1] + 17) % vocab
-    return tokens, document
+    return tokens
 
 
 def checksum(tokens: np.ndarray) -> int:

@@ -41,7 +41,7 @@ def main() -> None:
                 f"uniform\t{stream}\t{index}\t{f32_hex(counter_hash.uniform(stream, 1, index)[0])}"
             )
     for name, scale in WEIGHTS:
-        scales = dict.fromkeys(("embedding", "linear", "norm"), scale)
+        scales = dict.fromkeys(("embedding", "linear", "residual", "norm"), scale)
         values = counter_hash.weight(name, (1000,), scales)
         for index in (0, 1, 999):
             lines.append(f"weight\t{name}\t{index}/{scale}\t{f32_hex(values[index])}")

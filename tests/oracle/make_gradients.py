@@ -13,7 +13,7 @@ import counter_hash
 import golden_io
 import models
 import reference_llama
-from models import MEDIUM, TINY, TINY_TIED, Batch, Model
+from models import INITIAL, MEDIUM, TINY, TINY_TIED, Batch, Model
 
 Gradients = dict[str, torch.Tensor]
 
@@ -97,21 +97,27 @@ def case(model: Model, batch: Batch) -> tuple[dict, Gradients]:
     return report, exact
 
 
+def inputs() -> dict[str, tuple[Model, Batch]]:
+    tiny = models.tiny_batch()
+    return {
+        "tiny": (TINY, tiny),
+        "tiny_tied": (TINY_TIED, tiny),
+        "medium": (MEDIUM, models.medium_batch()),
+        "long_1024": (INITIAL, models.long_batch([389, 3, 1, 517, 200], 1024)),
+        "long_4096": (INITIAL, models.long_batch([700, 2, 1531, 64, 1203, 900], 4096)),
+    }
+
+
 def main() -> None:
     out = golden_io.out_folder(__doc__)
-    tiny, medium = models.tiny_batch(), models.medium_batch()
     cases, tensors = {}, {}
-    for name, model, batch in (
-        ("tiny", TINY, tiny),
-        ("tiny_tied", TINY_TIED, tiny),
-        ("medium", MEDIUM, medium),
-    ):
+    for name, (model, batch) in inputs().items():
         cases[name], exact = case(model, batch)
         cases[name]["valid_targets"] = batch.valid()
         cases[name]["document_starts"] = batch.starts()
         tensors |= {f"{name}.{field}": value for field, value in batch.arrays().items()}
         if name == "tiny":
-            # Small enough to be kept whole; the other two are known by their projections.
+            # Small enough to be kept whole; the others are known by their projections.
             tensors |= {f"tiny.grad.{key}": g.float().numpy() for key, g in exact.items()}
     golden_io.write_json(
         out / "gradients.json", {"versions": models.versions(), "cases": cases}

@@ -42,12 +42,14 @@ class Model:
     tied: bool
     scale_embedding: float
     scale_linear: float
+    scale_residual: float
     scale_norm: float
 
     def scales(self) -> dict[str, float]:
         return {
             "embedding": self.scale_embedding,
             "linear": self.scale_linear,
+            "residual": self.scale_residual,
             "norm": self.scale_norm,
         }
 
@@ -71,6 +73,7 @@ TINY = Model(
     tied=False,
     scale_embedding=0.25,
     scale_linear=0.25,
+    scale_residual=0.25,
     scale_norm=0.25,
 )
 TINY_TIED = replace(TINY, tied=True)
@@ -86,7 +89,28 @@ MEDIUM = replace(
     max_positions=512,
     scale_embedding=0.125,
     scale_linear=0.125,
+    scale_residual=0.125,
     scale_norm=0.125,
+)
+
+# A model as training begins: std 0.018, projections into the residual stream 0.009, norms of one.
+# For long rows, where rounding errors add up over many tokens.
+INITIAL = Model(
+    vocab_size=1024,
+    hidden_size=256,
+    intermediate_size=704,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    max_positions=4096,
+    rms_norm_eps=1e-5,
+    rope_theta=50_000.0,
+    tied=False,
+    scale_embedding=0.03125,
+    scale_linear=0.03125,
+    scale_residual=0.015625,
+    scale_norm=0.0,
 )
 
 # Projections of the usual initial size (std 0.036), so that 20 steps teach it something. The untied
@@ -97,6 +121,7 @@ TRAIN = replace(
     intermediate_size=192,
     scale_embedding=0.5,
     scale_linear=0.0625,
+    scale_residual=0.0625,
     scale_norm=0.125,
 )
 TRAIN_TIED = replace(TRAIN, tied=True, scale_embedding=0.0625)
@@ -133,7 +158,11 @@ class Batch:
 
 def pack(stream: str, rows: int, seq: int, vocab: int, shortest: int, longest: int) -> Batch:
     """Cuts the documents of `stream` into rows of `seq` tokens."""
-    tokens, document = counter_hash.documents(stream, rows * seq + 1, vocab, shortest, longest)
+    return cut(*counter_hash.documents(stream, rows * seq + 1, vocab, shortest, longest), rows, seq)
+
+
+def cut(tokens: np.ndarray, document: np.ndarray, rows: int, seq: int) -> Batch:
+    """Rows of `seq` tokens; one token more says what the last one predicts."""
     targets = np.where(document[1:] == document[:-1], tokens[1:], IGNORE)
     positions = np.empty(rows * seq, dtype=np.int64)
     for i in range(rows * seq):
@@ -164,6 +193,14 @@ def tiny_batch() -> Batch:
 def medium_batch() -> Batch:
     """[1, 512]: packed documents of 1 to 200 tokens."""
     return pack("medium/packed", 1, 512, MEDIUM.vocab_size, 1, 200)
+
+
+def long_batch(lengths: list[int], seq: int) -> Batch:
+    """[1, seq]: documents of these lengths, the last of which the row's end cuts."""
+    assert sum(lengths[:-1]) < seq < sum(lengths)
+    document = np.repeat(np.arange(len(lengths)), lengths)[: seq + 1]
+    tokens = counter_hash.fill(f"long/{seq}", document, INITIAL.vocab_size)
+    return cut(tokens, document, 1, seq)
 
 
 def config(model: Model) -> LlamaConfig:

@@ -26,6 +26,7 @@ MODEL = Model(
     tied=True,
     scale_embedding=0.0,
     scale_linear=0.0,
+    scale_residual=0.0,
     scale_norm=0.0,
 )
 TOKENS = 300

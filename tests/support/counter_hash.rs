@@ -46,13 +46,15 @@ impl Stream {
     }
 }
 
-/// Scales of the three kinds of weights; powers of two, so that only one rounding happens.
+/// Scales of the four kinds of weights; powers of two, so that only one rounding happens.
 #[derive(Clone, Copy, Debug)]
 pub struct Scales {
     /// Of `model.embed_tokens.weight`.
     pub embedding: f32,
     /// Of projections and of `lm_head.weight`.
     pub linear: f32,
+    /// Of the projections into the residual stream, `o_proj` and `down_proj`.
+    pub residual: f32,
     /// Of norms, around 1.
     pub norm: f32,
 }
@@ -63,6 +65,8 @@ pub fn weight(name: &str, count: usize, scales: Scales) -> Vec<f32> {
         (1.0, scales.norm)
     } else if name == "model.embed_tokens.weight" {
         (0.0, scales.embedding)
+    } else if name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight") {
+        (0.0, scales.residual)
     } else {
         (0.0, scales.linear)
     };
@@ -172,6 +176,7 @@ mod tests {
             let scales = Scales {
                 embedding: scale,
                 linear: scale,
+                residual: scale,
                 norm: scale,
             };
             let value = weight(name, index + 1, scales)[index];
@@ -191,6 +196,7 @@ mod tests {
             let scales = Scales {
                 embedding: scale,
                 linear: scale,
+                residual: scale,
                 norm: scale,
             };
             let found = projection(name, which.parse().unwrap(), &weight(name, 1000, scales));
@@ -218,6 +224,7 @@ mod tests {
         let scales = Scales {
             embedding: 0.5,
             linear: 0.25,
+            residual: 0.0625,
             norm: 0.125,
         };
         let largest = |name: &str, offset: f32| {
@@ -226,6 +233,8 @@ mod tests {
                 .iter()
                 .fold(0.0_f32, |most, value| most.max((value - offset).abs()))
         };
+        assert!((0.05..=0.0625).contains(&largest("model.layers.0.mlp.down_proj.weight", 0.0)));
+        assert!((0.05..=0.0625).contains(&largest("model.layers.0.self_attn.o_proj.weight", 0.0)));
         assert!((0.45..=0.5).contains(&largest("model.embed_tokens.weight", 0.0)));
         assert!((0.2..=0.25).contains(&largest("lm_head.weight", 0.0)));
         assert!((0.2..=0.25).contains(&largest("model.layers.0.mlp.up_proj.weight", 0.0)));
@@ -242,6 +251,7 @@ mod tests {
             Scales {
                 embedding: 1.0,
                 linear: 1.0,
+                residual: 1.0,
                 norm: 1.0,
             },
         );

@@ -63,6 +63,7 @@ fn logits_and_losses_are_those_of_transformers() {
 fn assert_projections(case: &str, facts: &serde_json::Value, gradients: &Tensors, bound: f64) {
     let tensors = facts["tensors"].as_object().unwrap();
     assert_eq!(tensors.len(), gradients.len(), "{case}");
+    let mut worst = (0f64, 0f64);
     for (name, expected) in tensors {
         let norm = expected["norm"].as_f64().unwrap();
         let ours = &gradients[name];
@@ -71,10 +72,9 @@ fn assert_projections(case: &str, facts: &serde_json::Value, gradients: &Tensors
             .map(|&v| f64::from(v).powi(2))
             .sum::<f64>()
             .sqrt();
-        assert!(
-            (length / norm - 1.0).abs() < bound,
-            "{case} {name}: norm {length} for {norm}"
-        );
+        let error = (length / norm - 1.0).abs();
+        assert!(error < bound, "{case} {name}: norm {length} for {norm}");
+        worst.0 = worst.0.max(error);
         // Four random projections may overestimate the error's length by a factor of two.
         for (which, expected) in numbers(&expected["projections"]).into_iter().enumerate() {
             let error = (projection(name, which, ours) - expected).abs() / norm;
@@ -82,14 +82,23 @@ fn assert_projections(case: &str, facts: &serde_json::Value, gradients: &Tensors
                 error < 2.0 * bound,
                 "{case} {name}: projection off by {error:e}"
             );
+            worst.1 = worst.1.max(error);
         }
     }
+    println!(
+        "{case}: norms within {:.1e}, projections within {:.1e}",
+        worst.0, worst.1
+    );
 }
+
+/// The cases of `gradients`: weights of a trained model's size on short rows, and a model as
+/// training begins on rows of 1024 and 4096 tokens, of documents of 1 to 1531.
+const CASES: [&str; 5] = ["tiny", "tiny_tied", "medium", "long_1024", "long_4096"];
 
 #[test]
 fn gradients_in_fp32_are_those_of_autograd_in_fp64() {
     let golden = Golden::open("gradients");
-    for case in ["tiny", "tiny_tied", "medium"] {
+    for case in CASES {
         let facts = &golden.facts["cases"][case];
         let (config, rope_base, scales) = golden::model(&facts["model"]);
         let batch = golden.batches(&format!("{case}.")).remove(0);
@@ -110,7 +119,7 @@ fn gradients_in_fp32_are_those_of_autograd_in_fp64() {
 #[test]
 fn gradients_in_bf16_err_at_most_half_again_as_much_as_autocast() {
     let golden = Golden::open("gradients");
-    for case in ["tiny", "tiny_tied", "medium"] {
+    for case in CASES {
         let facts = &golden.facts["cases"][case];
         let (config, rope_base, scales) = golden::model(&facts["model"]);
         let batch = golden.batches(&format!("{case}.")).remove(0);
@@ -129,11 +138,14 @@ fn gradients_in_bf16_err_at_most_half_again_as_much_as_autocast() {
             error <= bound,
             "{case}: whole gradient {error:e}, bound {bound:e}"
         );
-        for (name, exact) in &exact {
-            let error = relative_error(&ours[name], exact);
-            let bound = 1.5 * autocast["tensors"][name].as_f64().unwrap();
-            assert!(error <= bound, "{case} {name}: {error:e}, bound {bound:e}");
-        }
+        let ratio = |name: &String| {
+            let error = relative_error(&ours[name], &exact[name]);
+            error / autocast["tensors"][name].as_f64().unwrap()
+        };
+        let ratios = exact.keys().map(|name| (ratio(name), name));
+        let (ratio, name) = ratios.max_by(|a, b| a.0.total_cmp(&b.0)).unwrap();
+        println!("{case}: worst tensor {name}, {ratio:.2} x autocast");
+        assert!(ratio <= 1.5, "{case} {name}: {ratio} x autocast");
     }
 }
 

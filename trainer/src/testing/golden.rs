@@ -125,6 +125,7 @@ pub fn model(facts: &Value) -> (ModelConfig, f64, Scales) {
     let scales = Scales {
         embedding: number("scale_embedding") as f32,
         linear: number("scale_linear") as f32,
+        residual: number("scale_residual") as f32,
         norm: number("scale_norm") as f32,
     };
     (config, number("rope_theta"), scales)
