@@ -1,8 +1,10 @@
-//! The step against PyTorch, and against itself on other meshes.
+//! The step against PyTorch, and against itself on other meshes and in another precision.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod parity;
+mod precision;
 mod ranks;
 mod resharding;
 mod runner;
+mod samples;

@@ -1,14 +1,12 @@
 //! The same training on other numbers of ranks and micro-batches.
 
-use tch::Device;
-
 use super::runner::{Runner, Setting, Sharding, Weights, assemble, staged};
+use super::samples::{self, Sample};
 use crate::comm::Comm;
 use crate::config::{Dtype, ModelConfig, Patterns};
 use crate::model::{Batch, describe};
 use crate::plan::{Layout, StepShape};
 use crate::run::{RunError, ranks::Ranks, replicas};
-use crate::testing::counter_hash;
 use crate::testing::golden::{self, Golden};
 use crate::testing::tiny::{Tensors, relative_error};
 
@@ -19,34 +17,9 @@ const STEPS: usize = 40;
 const FEW_STEPS: usize = 10;
 pub const LR: f64 = 1e-3;
 
-/// A sample: tokens, targets, document starts.
-pub type Sample = (Vec<i64>, Vec<i64>, Vec<u32>);
-
+/// The samples of [`STEPS`] steps.
 pub fn samples(vocab: usize) -> Vec<Sample> {
-    let total = STEPS * SAMPLES * SEQ_LEN;
-    let (tokens, documents) = counter_hash::documents("ranks", total, vocab as u64, 1, 40);
-    (0..total / SEQ_LEN)
-        .map(|index| {
-            let range = index * SEQ_LEN..(index + 1) * SEQ_LEN;
-            let begins = |&i: &usize| i == range.start || documents[i] != documents[i - 1];
-            let target = |i: usize| match tokens.get(i + 1) {
-                Some(&next) if documents[i + 1] == documents[i] => i64::from(next),
-                _ => -100,
-            };
-            (
-                tokens[range.clone()]
-                    .iter()
-                    .map(|&token| i64::from(token))
-                    .collect(),
-                range.clone().map(target).collect(),
-                range
-                    .clone()
-                    .filter(begins)
-                    .map(|i| (i - range.start) as u32)
-                    .collect(),
-            )
-        })
-        .collect()
+    samples::samples("ranks", [STEPS * SAMPLES, SEQ_LEN], vocab, 40)
 }
 
 /// The micro-batches of a rank in a step; slots past the samples predict nothing.
@@ -62,12 +35,7 @@ pub fn micro_batches(
         .map(|slot| samples.get(rank * per_rank + slot).unwrap_or(&empty))
         .collect();
     mine.chunks(per_rank / accumulation)
-        .map(|slots| {
-            let tokens: Vec<i64> = slots.iter().flat_map(|s| s.0.clone()).collect();
-            let targets: Vec<i64> = slots.iter().flat_map(|s| s.1.clone()).collect();
-            let starts: Vec<Vec<u32>> = slots.iter().map(|s| s.2.clone()).collect();
-            Batch::new(&tokens, &targets, &starts, SEQ_LEN, Device::Cpu).unwrap()
-        })
+        .map(|slots| samples::batch(slots.iter().copied()))
         .collect()
 }
 

@@ -10,9 +10,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::ranks::{
-    FROZEN, LR, Mesh, SAMPLES, Sample, micro_batches, model, on_every_rank, samples, setting,
+    FROZEN, LR, Mesh, SAMPLES, micro_batches, model, on_every_rank, samples, setting,
 };
 use super::runner::{Runner, Setting, Staged, Weights, staged};
+use super::samples::Sample;
 use crate::checkpoint::{Checkpoint, ManifestMeta, PieceData, ScheduleState, commit, save_part};
 use crate::comm::Comm;
 use crate::config::{Dtype, ModelConfig};
