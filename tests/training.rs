@@ -11,7 +11,7 @@ use rustix::process::Signal;
 use support::runs::{
     assert_same_bits, events, losses, ranks_of, signal, wait_for_step, wait_until_gone,
 };
-use support::{Fixture, TWO_STAGES, run, start, train};
+use support::{Fixture, ONE_STAGE, TWO_STAGES, run, start, start_with, train};
 
 /// Steps of [`LONG`]: enough that a signal meets a run at work.
 const STEPS: u64 = 60;
@@ -65,6 +65,34 @@ fn a_run_that_was_killed_or_stopped_ends_as_if_nothing_had_happened() {
         before,
         fs::read(fixture.path("calm/metrics.jsonl")).unwrap()
     );
+}
+
+/// Threads share out the sums of a product, always in the same way: micro-batches are so large and
+/// weights so small that another number of threads gives other bits here.
+#[test]
+fn a_run_in_bf16_on_two_threads_repeats_to_the_bit() {
+    let fixture = Fixture::new();
+    let config = fixture.config(ONE_STAGE);
+    let sets = [
+        "model.dtype=\"bf16\"",
+        "run.threads=2",
+        "stage.0.seq_len=1024",
+        "stage.0.batch_tokens=4096",
+        "stage.0.micro_batch=4",
+        "stage.0.steps=60",
+    ];
+    // Where other tests have the cores, a thread that waits must sleep: it is asked for thousands
+    // of times.
+    let patient = [("OMP_WAIT_POLICY", "passive")];
+    for dir in ["run.dir=first", "run.dir=second"] {
+        let sets = sets.iter().chain([&dir]).flat_map(|&set| ["--set", set]);
+        let command = ["train", config.to_str().unwrap()];
+        let arguments: Vec<&str> = command.into_iter().chain(sets).collect();
+        start_with(&arguments, &patient).wait().done();
+    }
+    assert_same_bits(&fixture, "first", "second", 60);
+    let losses = losses(&fixture.path("first"));
+    assert!(losses[59] < 0.7 * losses[0], "it does not learn");
 }
 
 /// Both stages get longer after they are done, and end where longer ones would have ended at once.
