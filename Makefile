@@ -36,6 +36,7 @@ endif
 	tests/setup_test.sh
 	tests/demo_test.sh
 	tests/docs_test.sh
+	python3 -B tests/bench/outcome_test.py
 
 torture: setup ## a run killed 200 times, mostly while it saves, and 500 changes of a checkpoint's bytes
 	OXITRON_FLIPS=500 cargo test $(CARGO_FLAGS) --workspace --features oxitron/faults \

@@ -45,3 +45,7 @@ class Model:
             f"{self.num_layers} layers, {self.num_heads} query and {self.num_kv_heads} "
             f"key/value heads of {self.head_dim}, untied"
         )
+
+
+LLAMA_55M = Model(32000, 512, 1408, num_layers=8, num_heads=8, num_kv_heads=2)
+"""What most benches train."""

@@ -25,15 +25,14 @@ sys.path.insert(1, str(HERE.parent / "bench"))
 import outcome
 import runs
 import shards
-from model import Model
+from model import LLAMA_55M
 from outcome import Bar
 from runs import Launcher, Settings
 
 RANKS = 2
 SEQ_LEN = 1024
 SCALING_TOKENS = 16384  # a step: 8 micro-batches on each of two ranks
-FULL = Model(32000, 512, 1408, num_layers=8, num_heads=8, num_kv_heads=2)
-SMALL = replace(FULL, vocab_size=1024, hidden_size=128, intermediate_size=352, num_layers=2)
+SMALL = replace(LLAMA_55M, vocab_size=1024, hidden_size=128, intermediate_size=352, num_layers=2)
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="a small model, few steps, bars not judged"
     )
+    outcome.add_page_option(parser)
     args = parser.parse_args()
+    less = args.quick or args.without_peers or outcome.fewer_than_usual(parser, args)
+    args.whole = args.scaling and not (less or args.compile or args.reshard)
     if args.without_peers and not args.scaling:
         parser.error("--without-peers leaves nothing to measure but --scaling")
     if args.quick:
@@ -83,7 +85,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, binary: Path, folder: Path) -> None:
         self.args, self.folder = args, folder
-        self.model = SMALL if args.quick else FULL
+        self.model = SMALL if args.quick else LLAMA_55M
         # Only as many scaling steps are dropped as it takes to touch all memory: a step is long.
         self.scaling_warm_up = 2
         steps = max(
@@ -192,8 +194,8 @@ def ratio(ours: list[Round], theirs: list[Round]) -> float:
     return outcome.ratio(speeds(ours), speeds(theirs))
 
 
-def print_sides(sides: list[Side], found: list[list[Round]], parameters: int) -> None:
-    """A row for each side; the first is compared with the others."""
+def print_sides(sides: list[Side], found: list[list[Round]], parameters: int) -> str:
+    """A row for each side; the first is compared with the others. Returns the table."""
     rows = []
     for side, rounds in zip(sides, found):
         each = speeds(rounds)
@@ -210,7 +212,7 @@ def print_sides(sides: list[Side], found: list[list[Round]], parameters: int) ->
             )
         )
     head = ("", "tokens/s", "rounds", "first row over it", "MB sent", "counted", "by rank and step")
-    outcome.print_table(head, rows)
+    return outcome.print_table(head, rows)
 
 
 def measure(args: argparse.Namespace, bench: Bench) -> int:
@@ -218,12 +220,13 @@ def measure(args: argparse.Namespace, bench: Bench) -> int:
     parameters = bench.model.parameters
     print(f"{bench.model.words()}\nbf16, samples of {SEQ_LEN} tokens", flush=True)
     bars: list[Bar] = []
+    tables: list[str] = []
     figures: dict = {"parameters": parameters}
     if not args.without_peers:
         sides = bench.sides()
         print(f"{RANKS} ranks of 1 thread, {RANKS * SEQ_LEN} tokens a step", flush=True)
         ours, ddp, fsdp2 = found = in_turns(sides, args.rounds)
-        print_sides(sides, found, parameters)
+        tables.append(print_sides(sides, found, parameters))
         bars += [Bar("Oxitron / DDP", ratio(ours, ddp), ">=", 1.2)]
         bars += [Bar("Oxitron / FSDP2", ratio(ours, fsdp2), ">=", 1.5)]
         figures["tokens_per_second"] = {s.name: speeds(r) for s, r in zip(sides, found)}
@@ -231,10 +234,16 @@ def measure(args: argparse.Namespace, bench: Bench) -> int:
         sides = bench.scaling_sides()
         print(f"{SCALING_TOKENS} tokens a step", flush=True)
         two, one = found = in_turns(sides, args.rounds)
-        print_sides(sides, found, parameters)
+        tables += [f"{SCALING_TOKENS:,} tokens a step:", print_sides(sides, found, parameters)]
         bars += [Bar("2 ranks / 1 rank", ratio(two, one), ">=", 0.85)]
         figures["scaling_tokens_per_second"] = {s.name: speeds(r) for s, r in zip(sides, found)}
-    return outcome.finish("peers", bars, figures, judged=not args.quick)
+    words = (
+        f"{outcome.pytorch()}. Rounds: {args.rounds}, of {args.steps} steps after {args.warm_up}, "
+        f"or of {args.scaling_steps} with {SCALING_TOKENS:,} tokens after {bench.scaling_warm_up}; "
+        "medians, ratios within a round."
+    )
+    page = outcome.Figures(words, tables) if args.whole or args.write_page else None
+    return outcome.finish("peers", bars, figures, judged=not args.quick, page=page)
 
 
 def main() -> int:

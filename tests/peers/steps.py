@@ -28,11 +28,10 @@ sys.path.insert(1, str(HERE.parent / "bench"))
 import outcome
 import runs
 import shards
-from model import Model
+from model import LLAMA_55M, Model
 from outcome import Bar
 from runs import Launcher, Settings
 
-SMALLER = Model(32000, 512, 1408, num_layers=8, num_heads=8, num_kv_heads=2)  # 55 million
 LARGER = Model(50257, 768, 2048, num_layers=12, num_heads=12, num_kv_heads=12)  # 162 million
 TINY = Model(1024, 128, 352, num_layers=2, num_heads=2, num_kv_heads=1)
 
@@ -66,21 +65,21 @@ COMPILED, EAGER = "torch.compile", "eager"
 PLAIN = ((COMPILED, 1.2),)
 FP32 = ((EAGER, 1.3),)
 SHAPES = (
-    Shape("1024", SMALLER, 1024, 2, bars=((COMPILED, 2.5), (EAGER, 3.0)), bars_without_amx=PLAIN),
-    Shape("4096", SMALLER, 4096, 1, bars=((COMPILED, 2.3),), bars_without_amx=PLAIN),
+    Shape("1024", LLAMA_55M, 1024, 2, bars=((COMPILED, 2.5), (EAGER, 3.0)), bars_without_amx=PLAIN),
+    Shape("4096", LLAMA_55M, 4096, 1, bars=((COMPILED, 2.3),), bars_without_amx=PLAIN),
     Shape(
         "8 × 512",
-        SMALLER,
+        LLAMA_55M,
         4096,
         1,
         document_tokens=512,
         bars=((COMPILED, 3.0),),
         bars_without_amx=PLAIN,
     ),
-    Shape("64 × 64", SMALLER, 4096, 1, document_tokens=64),
-    Shape("8 × 4096", SMALLER, 32768, 1, document_tokens=4096, peers=False),
+    Shape("64 × 64", LLAMA_55M, 4096, 1, document_tokens=64),
+    Shape("8 × 4096", LLAMA_55M, 32768, 1, document_tokens=4096, peers=False),
     Shape("larger", LARGER, 1024, 2),
-    Shape("1024 fp32", SMALLER, 1024, 2, dtype="fp32", bars=FP32, bars_without_amx=FP32),
+    Shape("1024 fp32", LLAMA_55M, 1024, 2, dtype="fp32", bars=FP32, bars_without_amx=FP32),
 )
 
 
@@ -96,7 +95,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="a small model, few steps, bars not judged"
     )
+    outcome.add_page_option(parser)
     args = parser.parse_args()
+    less = args.quick or args.without_peers or outcome.fewer_than_usual(parser, args)
+    args.whole = not less and set(args.shapes) == set(names)
     if args.quick:
         args.rounds, args.steps, args.warm_up = 1, 2, 2
     return args
@@ -234,9 +236,14 @@ def measure(args: argparse.Namespace, bench: Bench) -> int:
                     what = f"{shape.name}: Oxitron / {name}"
                     bars.append(Bar(what, outcome.ratio(ours, speeds), ">=", limit))
     head = ("step", "", "tokens/s", "fastest run", "Oxitron over it")
-    outcome.print_table(head, rows)
+    table = outcome.print_table(head, rows)
+    words = (
+        f"{outcome.pytorch()}. Rounds: {args.rounds}, of {args.steps} steps after "
+        f"{args.warm_up}; medians, ratios within a round."
+    )
+    page = outcome.Figures(words, [table]) if args.whole or args.write_page else None
     tokens_per_second = {"tokens_per_second": figures}
-    return outcome.finish("steps", bars, tokens_per_second, judged=not args.quick)
+    return outcome.finish("steps", bars, tokens_per_second, judged=not args.quick, page=page)
 
 
 def main() -> int:
