@@ -5,7 +5,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup build demo clean-demo test torture check oracle peers bench-peers bench-overlap bench-save docs
+.PHONY: help setup build demo clean-demo test torture check oracle peers bench bench-peers bench-overlap bench-save docs
 
 CARGO_FLAGS := --release --locked
 have = $(shell command -v $(1) 2>/dev/null)
@@ -62,6 +62,10 @@ oracle: build ## golden files made again and exports loaded by transformers (5 G
 
 peers: ## PyTorch for bench-peers (5 GB, unless make oracle has brought it)
 	@tests/peers/setup.sh
+
+bench: build ## where a step spends its time, and every kernel beside its floor
+	python3 -B tests/bench/kernels.py
+	python3 -B tests/bench/breakdown.py
 
 bench-peers: build peers ## a step beside eager and compiled PyTorch, two ranks beside DDP and FSDP2
 	folder=$$(tests/peers/setup.sh) && python="$$folder/venv/bin/python -B" && \

@@ -53,7 +53,7 @@ class OnThePage(unittest.TestCase):
 
     def test_the_page_has_a_place_for_every_bench_that_writes_there(self) -> None:
         text = outcome.PAGE.read_text(encoding="utf-8")
-        for bench in ("steps", "peers"):
+        for bench in ("kernels", "breakdown", "steps", "peers"):
             self.assertIn("new", outcome.with_figures(text, bench, "new"))
 
 
