@@ -290,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn any_split_and_any_number_of_threads_give_the_same_bits() {
+    fn any_split_number_of_threads_and_level_give_the_same_bits() {
         any_split(Kind::Float);
         any_split(Kind::BFloat16);
     }
@@ -311,7 +311,7 @@ mod tests {
             }
             [bits(&w), bits(&m), bits(&v)].concat()
         }
-        assert_thread_independent(move || run(&[0, N], moments));
+        assert_level_independent(move || run(&[0, N], moments));
         assert!(run(&[0, N], moments) == run(&[0, 1, 64, 9000, 9001, N], moments));
     }
 

@@ -11,10 +11,13 @@ use crate::error::torch;
 use crate::float::with_float;
 use crate::microkernel::Dtype;
 use crate::sys::operands::{Operands, as_mut_slice, sizes};
-use crate::{DocumentStarts, Error, Workspace};
+use crate::{DocumentStarts, Error, Workspace, WorkspacePlan};
 use flash::{Heads, HeadsMut, Passes};
 
 pub mod flash;
+
+/// Name of a buffer.
+const SCRATCH: &str = "attention";
 
 const FORWARD: &str = "attention.forward";
 const BACKWARD: &str = "attention.backward";
@@ -96,20 +99,26 @@ fn scratch<T: Dtype>(
     nkv: usize,
 ) -> Result<Tensor, Error> {
     let len = flash::scratch_len::<T>(batch * seq, [nq, nkv, d], Passes::Both)?;
-    workspace.take("attention", &[len], Kind::Float)
+    workspace.take(SCRATCH, &[len], Kind::Float)
 }
 
-/// Bytes of workspace that [`forward`] and [`backward`] take for `tokens` tokens of `kind`, in
+/// What [`forward`] and [`backward`] take from the workspace for `tokens` tokens of `kind`, in
 /// whatever samples and documents, and heads `[nq, nkv, d]`, with the calling thread's thread count.
 ///
 /// # Errors
 /// The argument errors of [`Error`].
-pub fn workspace_bytes(kind: Kind, tokens: usize, heads: [usize; 3]) -> Result<usize, Error> {
+pub fn plan(
+    workspace: &mut WorkspacePlan,
+    kind: Kind,
+    tokens: usize,
+    heads: [usize; 3],
+) -> Result<(), Error> {
     let len = match kind {
         Kind::BFloat16 => flash::scratch_len::<half::bf16>(tokens, heads, Passes::Both)?,
         _ => flash::scratch_len::<f32>(tokens, heads, Passes::Both)?,
     };
-    Ok(len * size_of::<f32>())
+    workspace.take(SCRATCH, &[len], Kind::Float);
+    Ok(())
 }
 
 /// `out: [batch, seq, nq, d]` in T (written) and `lse: [batch, nq, seq]` fp32 (written; the

@@ -116,6 +116,18 @@ mod tests {
     }
 
     #[test]
+    fn same_bits_on_any_number_of_threads_and_at_every_level() {
+        assert_level_independent(|| {
+            let wide = normal("wide", &[9001], Kind::Float);
+            let mut narrow = poison(&[9001], Kind::BFloat16);
+            forward(&wide, &mut narrow).unwrap();
+            let mut sum = normal("sum", &[9001], Kind::Float);
+            accumulate(&narrow, &mut sum).unwrap();
+            [bits(&narrow), bits(&sum)].concat()
+        });
+    }
+
+    #[test]
     fn refuses_other_shapes_and_dtypes() {
         let x = zeros(&[4], Kind::Float);
         assert!(forward(&x, &mut zeros(&[5], Kind::Float)).is_err());

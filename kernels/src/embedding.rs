@@ -135,8 +135,8 @@ mod tests {
     }
 
     #[test]
-    fn same_bits_on_any_number_of_threads() {
-        assert_thread_independent(|| {
+    fn same_bits_on_any_number_of_threads_and_at_every_level() {
+        assert_level_independent(|| {
             let ids: Vec<i64> = (0..500).map(|t| t * t % 13).collect();
             let mut dw = zeros(&[13, 200], Kind::Float);
             let dy = normal("dy", &[500, 200], Kind::BFloat16);

@@ -16,24 +16,25 @@
 //! * **Scratch** comes from a [`Workspace`]. Nothing else is allocated per call.
 //! * **Arguments** are checked before anything is written: device, dtype, shape, layout, overlap
 //!   of outputs. A device or dtype without a kernel answers [`Error::Unsupported`].
-//! * **Determinism.** The same call gives the same bits. Own kernels also do so on any number of
-//!   threads, because they sum in blocks whose size is fixed; matrix products are the libraries' and
-//!   may round differently on another number of threads.
+//! * **Determinism.** The same call gives the same bits, and so it does on any number of threads,
+//!   because sums are taken in blocks whose size is fixed. Where a library multiplies
+//!   ([`product::Engine::Libtorch`]), another number of threads may round differently.
 //!
 //! # Modules
 //!
-//! * A decoder block: [`rms_norm`], [`linear`], [`rope`], [`attention`] (over a
-//!   [`DocumentStarts`]), [`swiglu`], [`add`]; between dtypes: [`cast`].
+//! * A decoder block: [`rms_norm`], [`linear_rope`], [`attention`] (over a [`DocumentStarts`]),
+//!   [`linear_add`], [`linear_swiglu`]; what they share: [`linear`], [`rope`]; between dtypes:
+//!   [`cast`].
 //! * Ends of the model: [`embedding`], [`linear_cross_entropy`].
 //! * Updating it: [`norm`], [`adamw`]; starting it: [`philox`].
 //! * The machine: [`Threads`], [`memory`] (bytes of libtorch's CPU tensors, counted by a small C++
 //!   shim), [`probe`] (what this processor does fast), [`stacks`] (what its threads are doing).
 //! * Underneath: [`simd`] compiles plain Rust loops once per instruction set and names vectors where
-//!   that is not enough, [`microkernel`] multiplies small matrices, [`sys`] runs loops on libtorch's
-//!   own OpenMP threads, so that compute has one pool, and turns tensors into slices.
+//!   that is not enough, [`microkernel`] multiplies small matrices and [`matmul`] large ones, [`sys`]
+//!   runs loops on libtorch's own OpenMP threads, so that compute has one pool, and turns tensors into
+//!   slices. [`product`] decides who multiplies.
 
 pub mod adamw;
-pub mod add;
 pub mod attention;
 pub mod cast;
 mod documents;
@@ -42,17 +43,21 @@ mod error;
 pub mod fingerprint;
 mod float;
 pub mod linear;
+pub mod linear_add;
 pub mod linear_cross_entropy;
+pub mod linear_rope;
+pub mod linear_swiglu;
+pub mod matmul;
 pub mod memory;
 pub mod microkernel;
 pub mod norm;
 pub mod philox;
 pub mod probe;
+pub mod product;
 pub mod rms_norm;
 pub mod rope;
 pub mod simd;
 pub mod stacks;
-pub mod swiglu;
 pub mod sys;
 #[cfg(test)]
 mod testing;
@@ -65,4 +70,4 @@ pub use float::{Float, Operand, Scalar};
 pub use probe::cpu_prefers_bf16;
 pub use rope::RopeTable;
 pub use threads::Threads;
-pub use workspace::Workspace;
+pub use workspace::{Workspace, WorkspacePlan};

@@ -12,15 +12,19 @@
 use tch::{Kind, Tensor};
 
 use crate::error::torch;
-use crate::float::{Float, with_float};
-use crate::linear::{self, float_kind};
-use crate::simd::{exp, max, simd, sum};
-use crate::sys::operands::{Operands, check_kind, check_shape, sizes};
-use crate::sys::parallel::parallel_split;
-use crate::sys::split::Rows;
-use crate::{Error, Workspace};
+use crate::float::with_float;
+use crate::linear::{self, PackedWeight};
+use crate::sys::operands::{Operands, check_device, check_kind, check_shape, sizes};
+use crate::{Error, Workspace, WorkspacePlan};
+use softmax::Tokens;
+
+mod softmax;
 
 const OP: &str = "linear_cross_entropy";
+
+/// Names of buffers.
+const LOSSES: &str = "linear_cross_entropy.losses";
+const LOGITS: &str = "linear_cross_entropy.logits";
 
 /// A target that is not to be predicted.
 pub const IGNORE: i64 = -100;
@@ -93,16 +97,21 @@ pub fn forward_backward(
 ///
 /// # Errors
 /// The argument errors of [`Error`].
-pub fn logits(x: &Tensor, w: &Tensor, out: &mut Tensor) -> Result<(), Error> {
-    linear::forward(x, w, out)
+pub fn logits(
+    x: &Tensor,
+    w: &Tensor,
+    out: &mut Tensor,
+    workspace: &mut Workspace,
+) -> Result<(), Error> {
+    linear::forward(x, w, out, workspace)
 }
 
-/// The most bytes of workspace that the op takes for `n` tokens over `v` rows of a head of `kind`
-/// and `h` columns, `chunk` tokens at a time and without losses per token.
-pub fn workspace_bytes(kind: Kind, n: usize, [v, h]: [usize; 2], chunk: usize) -> usize {
-    let losses = n * size_of::<f32>();
-    let logits = n.min(chunk) * v * kind.elt_size_in_bytes();
-    losses + logits + linear::workspace_bytes(kind, [v, h])
+/// What the op takes from the workspace for `n` tokens over `v` rows of a head of `kind` and `h`
+/// columns, `chunk` tokens at a time and without losses per token.
+pub fn plan(workspace: &mut WorkspacePlan, kind: Kind, n: usize, [v, h]: [usize; 2], chunk: usize) {
+    workspace.take(LOSSES, &[n], Kind::Float);
+    workspace.take(LOGITS, &[n.min(chunk), v], kind);
+    linear::plan_packed(workspace, kind, n.min(chunk), [v, h]);
 }
 
 fn run(
@@ -113,7 +122,7 @@ fn run(
 ) -> Result<(), Error> {
     let [n, h] = sizes(OP, "x", inputs.x)?;
     let [v, _] = sizes(OP, "w", inputs.w)?;
-    let kind = float_kind(OP, "x", inputs.x)?;
+    let kind = check_device(OP, "x", inputs.x)?;
     let vocab = inputs.vocab_size;
     if inputs.chunk == 0 || vocab == 0 || vocab > v {
         let message = format!(
@@ -126,6 +135,8 @@ fn run(
     let wants_gradients = gradients.is_some();
     let mut gradients = gradients.unwrap_or_default();
     // Everything is checked before the first write: a bad target must not leave half a gradient.
+    check_kind(OP, "w", inputs.w, kind)?;
+    check_shape(OP, "w", inputs.w, &[v, h])?;
     if let Some(dx) = &gradients.dx {
         check_kind(OP, "dx", dx, kind)?;
         check_shape(OP, "dx", dx, &[n, h])?;
@@ -158,27 +169,32 @@ fn run(
     let per_token = match losses.per_token {
         Some(per_token) => per_token,
         None => {
-            scratch = workspace.take("linear_cross_entropy.losses", &[n], Kind::Float)?;
+            scratch = workspace.take(LOSSES, &[n], Kind::Float)?;
             &mut scratch
         }
     };
     let per_token = operands.write::<f32>("per_token", per_token, &[n])?;
 
+    let head = PackedWeight::new(inputs.w, gradients.dx.is_some(), workspace)?;
     for start in (0..n).step_by(inputs.chunk) {
         let len = inputs.chunk.min(n - start);
         let rows = |t: &Tensor| t.f_narrow(0, start as i64, len as i64).map_err(torch(OP));
         let x = rows(inputs.x)?;
-        let mut chunk = workspace.take("linear_cross_entropy.logits", &[len, v], kind)?;
-        linear::forward(&x, inputs.w, &mut chunk)?;
+        let mut chunk = workspace.take(LOGITS, &[len, v], kind)?;
+        head.forward(&x, &mut chunk, workspace)?;
         let tokens = Tokens {
             targets: &targets[start..start + len],
             weights: weights.map(|weights| &weights[start..start + len]),
             vocab,
-            write_gradient: wants_gradients,
+            gradient: wants_gradients,
         };
-        softmax_loss(&mut chunk, v, &tokens, &mut per_token[start..start + len])?;
+        with_float!(OP, "logits", &chunk => T: {
+            let logits = Operands::new(OP).write::<T>("logits", &mut chunk, &[len, v])?;
+            softmax::losses(logits, v, tokens, &mut per_token[start..start + len]);
+            Ok(())
+        })?;
         if let Some(dx) = gradients.dx.as_deref_mut() {
-            linear::backward_input(&chunk, inputs.w, &mut rows(dx)?, false)?;
+            head.backward_input(&chunk, &mut rows(dx)?, workspace)?;
         }
         if let Some(dw) = gradients.dw.as_deref_mut() {
             linear::backward_weight(&chunk, &x, dw, workspace)?;
@@ -186,72 +202,6 @@ fn run(
     }
     total[0] += per_token.iter().map(|&loss| f64::from(loss)).sum::<f64>();
     Ok(())
-}
-
-/// The tokens of one chunk.
-struct Tokens<'a> {
-    targets: &'a [i64],
-    weights: Option<&'a [f32]>,
-    vocab: usize,
-    write_gradient: bool,
-}
-
-/// Losses of a chunk; its logits become their gradient if that is wanted.
-fn softmax_loss(
-    logits: &mut Tensor,
-    v: usize,
-    tokens: &Tokens<'_>,
-    losses: &mut [f32],
-) -> Result<(), Error> {
-    let n = losses.len();
-    with_float!(OP, "logits", logits => T: {
-        let logits = Operands::new(OP).write::<T>("logits", logits, &[n, v])?;
-        let outputs = (Rows::new(logits, v), Rows::new(losses, 1));
-        parallel_split(n, 1, outputs, |range, (logits, losses)| {
-            for (i, t) in range.enumerate() {
-                let row = &mut logits[i * v..][..v];
-                let target = usize::try_from(tokens.targets[t]).ok();
-                let weight = tokens.weights.map_or(1.0, |weights| weights[t]);
-                losses[i] = match target {
-                    Some(target) => {
-                        one_row(row, tokens.vocab, target, weight, tokens.write_gradient)
-                    }
-                    None => {
-                        if tokens.write_gradient {
-                            row.fill(T::default());
-                        }
-                        0.0
-                    }
-                };
-            }
-        });
-        Ok(())
-    })
-}
-
-simd! {
-/// Weighted loss of one token; with `write_gradient` its logits become the gradient.
-fn one_row<T: Float>(
-    row: &mut [T], vocab: usize, target: usize, weight: f32, write_gradient: bool,
-) -> f32 {
-    let (real, padding) = row.split_at_mut(vocab);
-    let largest = max(real, T::to_f32);
-    let denominator = sum(real, |logit| exp(logit.to_f32() - largest));
-    let loss = denominator.ln() + largest - real[target].to_f32();
-    if write_gradient {
-        let factor = weight / denominator;
-        let at_target = exp(real[target].to_f32() - largest) * factor - weight;
-        for logit in real.iter_mut() {
-            let gradient = exp(logit.to_f32() - largest) * factor;
-            // Denormal factors would slow the products that follow many times.
-            let normal = gradient.abs() >= f32::MIN_POSITIVE;
-            *logit = T::from_f32(if normal { gradient } else { 0.0 });
-        }
-        real[target] = T::from_f32(at_target);
-        padding.fill(T::default());
-    }
-    loss * weight
-}
 }
 
 /// The weighted sum of token losses as a composition of libtorch ops, for autograd to

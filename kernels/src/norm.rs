@@ -119,8 +119,8 @@ mod tests {
     }
 
     #[test]
-    fn same_bits_on_any_number_of_threads() {
-        assert_thread_independent(|| {
+    fn same_bits_on_any_number_of_threads_and_at_every_level() {
+        assert_level_independent(|| {
             let sum = sum_of_squares(&normal("x", &[123_457], Kind::Float))
                 .unwrap()
                 .sum;

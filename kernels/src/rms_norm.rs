@@ -12,10 +12,13 @@ use crate::simd::{simd, sum, sum3};
 use crate::sys::operands::{Operands, sizes};
 use crate::sys::parallel::parallel_split;
 use crate::sys::split::{Grid, Rows};
-use crate::{Error, Workspace};
+use crate::{Error, Workspace, WorkspacePlan};
 
 const FORWARD: &str = "rms_norm.forward";
 const BACKWARD: &str = "rms_norm.backward";
+
+/// Name of a buffer.
+const PARTIAL_SUMS: &str = "rms_norm.partials";
 
 /// Rows that one thread takes at least; a row alone is too little work for a region.
 const GRAIN: usize = 8;
@@ -68,27 +71,46 @@ fn forward_rows<R: Float, T: Float>(x: &[R], w: &[T], eps: f32, y: &mut [T], rst
 }
 }
 
+/// What [`backward`] needs of the forward pass.
+#[derive(Clone, Copy)]
+pub struct Saved<'a> {
+    /// `[n, h]` in R.
+    pub x: &'a Tensor,
+    /// `[h]` in T.
+    pub w: &'a Tensor,
+    /// `[n]` fp32.
+    pub rstd: &'a Tensor,
+}
+
+/// Where the gradients go.
+pub struct Gradients<'a> {
+    /// `[n, h]` in R, **added to**.
+    pub dx: &'a mut Tensor,
+    /// `[n, h]` in T, written where wanted: the sum in `dx`, rounded.
+    pub rounded: Option<&'a mut Tensor>,
+    /// `[h]` fp32, **added to** where wanted.
+    pub dw: Option<&'a mut Tensor>,
+}
+
 /// Gradients of [`forward`].
 ///
-/// `dy: [n, h]` in T; `x`, `w`, `rstd` as in the forward pass; `dx: [n, h]` in R is **added to**
-/// (it joins the residual stream's gradient); `dw: [h]` fp32, where wanted, is **added to**. Same
-/// bits on any number of threads.
+/// `dy: [n, h]` in T. The gradient of `x` joins that of the residual stream, and the sum is rounded
+/// in the same pass: so the branch below takes it. Same bits on any number of threads.
 ///
 /// # Errors
 /// The argument errors of [`Error`].
 pub fn backward(
     dy: &Tensor,
-    x: &Tensor,
-    w: &Tensor,
-    rstd: &Tensor,
-    dx: &mut Tensor,
-    dw: Option<&mut Tensor>,
+    saved: Saved<'_>,
+    gradients: Gradients<'_>,
     workspace: &mut Workspace,
 ) -> Result<(), Error> {
+    let Saved { x, w, rstd } = saved;
+    let Gradients { dx, rounded, dw } = gradients;
     let [n, h] = sizes(BACKWARD, "x", x)?;
     let (rows, blocks) = partition(n);
     let mut partials = match dw {
-        Some(_) => Some(workspace.take("rms_norm.partials", &[blocks, h], Kind::Float)?),
+        Some(_) => Some(workspace.take(PARTIAL_SUMS, &[blocks, h], Kind::Float)?),
         None => None,
     };
     with_float!(BACKWARD, "x", x => R: with_float!(BACKWARD, "w", w => T: {
@@ -98,6 +120,9 @@ pub fn backward(
         let w = operands.read::<T>("w", w, &[h])?;
         let rstd = operands.read::<f32>("rstd", rstd, &[n])?;
         let dx = operands.write::<R>("dx", dx, &[n, h])?;
+        let rounded = rounded
+            .map(|rounded| operands.write::<T>("rounded", rounded, &[n, h]))
+            .transpose()?;
         let dw = dw.map(|dw| operands.write::<f32>("dw", dw, &[h])).transpose()?;
         let mut partials = partials
             .as_mut()
@@ -106,16 +131,21 @@ pub fn backward(
         {
             // A loop item is a block of `rows` rows, with one row of partial sums.
             let partials = partials.as_deref_mut().map(|partials| Rows::new(partials, h));
-            let outputs = (Rows::new(dx, rows * h), partials);
-            parallel_split(blocks, 1, outputs, |range, (dx, mut partials)| {
+            let rounded = rounded.map(|rounded| Rows::new(rounded, rows * h));
+            let outputs = (Rows::new(dx, rows * h), rounded, partials);
+            parallel_split(blocks, 1, outputs, |range, (dx, mut rounded, mut partials)| {
                 for (i, (block, dx)) in range.zip(dx.chunks_mut((rows * h).max(1))).enumerate() {
                     let (start, end) = (block * rows, ((block + 1) * rows).min(n));
+                    let rounded = match rounded.as_deref_mut() {
+                        Some(rounded) => &mut rounded[i * rows * h..][..dx.len()],
+                        None => &mut [],
+                    };
                     let partial = match partials.as_deref_mut() {
                         Some(partials) => &mut partials[i * h..][..h],
                         None => &mut [],
                     };
                     let (dy, x) = (&dy[start * h..end * h], &x[start * h..end * h]);
-                    backward_rows(dy, x, w, &rstd[start..end], dx, partial);
+                    backward_rows(dy, x, w, &rstd[start..end], dx, rounded, partial);
                 }
             });
         }
@@ -129,10 +159,10 @@ pub fn backward(
     }))
 }
 
-/// Bytes of workspace that [`backward`] takes for `n` rows of `h` elements.
-pub fn workspace_bytes(n: usize, h: usize) -> usize {
+/// What [`backward`] takes from the workspace for `n` rows of `h` elements.
+pub fn plan(workspace: &mut WorkspacePlan, n: usize, h: usize) {
     let (_, blocks) = partition(n);
-    blocks * h * size_of::<f32>()
+    workspace.take(PARTIAL_SUMS, &[blocks, h], Kind::Float);
 }
 
 /// Rows of a block with partial sums of its own, and the number of such blocks.
@@ -142,9 +172,9 @@ fn partition(n: usize) -> (usize, usize) {
 }
 
 simd! {
-/// Gradients of some rows; an empty `dw` means that the weight's gradient is not wanted.
+/// Gradients of some rows; what is not wanted is empty.
 fn backward_rows<R: Float, T: Float>(
-    dy: &[T], x: &[R], w: &[T], rstd: &[f32], dx: &mut [R], dw: &mut [f32],
+    dy: &[T], x: &[R], w: &[T], rstd: &[f32], dx: &mut [R], rounded: &mut [T], dw: &mut [f32],
 ) {
     let h = w.len();
     dw.fill(0.0);
@@ -157,6 +187,10 @@ fn backward_rows<R: Float, T: Float>(
             let g = dy[c].to_f32() * w[c].to_f32();
             let gradient = rstd * (g - x[c].to_f32() * rstd * mean);
             dx[c] = R::from_f32(dx[c].to_f32() + gradient);
+        }
+        // The row is still in the nearest cache.
+        for (rounded, dx) in rounded.iter_mut().skip(r * h).zip(&*dx) {
+            *rounded = T::from_f32(dx.to_f32());
         }
         for ((dw, dy), x) in dw.iter_mut().zip(dy).zip(x) {
             *dw += dy.to_f32() * (x.to_f32() * rstd);
@@ -199,7 +233,7 @@ pub fn reference(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor, Error> {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
     use super::*;
-    use crate::testing::*;
+    use crate::testing::{self, *};
     use tch::Device;
 
     const SHAPES: [(i64, i64); 4] = [(1, 1), (3, 7), (130, 96), (65, 515)];
@@ -224,22 +258,39 @@ mod tests {
                     let (x64, w64) = (leaf(&x), leaf(&w));
                     let y64 = reference(&x64, &w64, 1e-5).unwrap();
                     assert_close("y", &y, &y64, bound);
-                    let expected = gradients(&y64, &dy, &[&x64, &w64]);
+                    let expected = testing::gradients(&y64, &dy, &[&x64, &w64]);
 
                     let mut workspace = Workspace::new(Device::Cpu);
                     let dx0 = normal("dx", &[n, h], residual);
                     let (mut dx, mut dw) = (dx0.copy(), zeros(&[h], Kind::Float));
+                    let saved = Saved {
+                        x: &x,
+                        w: &w,
+                        rstd: &rstd,
+                    };
+                    let mut rounded = poison(&[n, h], kind);
                     for times in 1..=2 {
-                        backward(&dy, &x, &w, &rstd, &mut dx, Some(&mut dw), &mut workspace)
-                            .unwrap();
+                        let gradients = Gradients {
+                            dx: &mut dx,
+                            rounded: Some(&mut rounded),
+                            dw: Some(&mut dw),
+                        };
+                        backward(&dy, saved, gradients, &mut workspace).unwrap();
+                        assert_eq!(bits(&rounded), bits(&dx.to_kind(kind)));
                         let start = dx0.to_kind(Kind::Double);
                         assert_close("dx", &dx, &(start + &expected[0] * times), bound);
                         assert_close("dw", &dw, &(&expected[1] * times), bound);
                     }
                     let mut alone = dx0.copy();
-                    backward(&dy, &x, &w, &rstd, &mut alone, None, &mut workspace).unwrap();
-                    backward(&dy, &x, &w, &rstd, &mut alone, None, &mut workspace).unwrap();
-                    assert_eq!(bits(&alone), bits(&dx), "dx must not depend on dw");
+                    for _ in 0..2 {
+                        let gradients = Gradients {
+                            dx: &mut alone,
+                            rounded: None,
+                            dw: None,
+                        };
+                        backward(&dy, saved, gradients, &mut workspace).unwrap();
+                    }
+                    assert_eq!(bits(&alone), bits(&dx), "dx must not depend on the others");
                 }
             }
         }
@@ -263,8 +314,8 @@ mod tests {
     }
 
     #[test]
-    fn same_bits_on_any_number_of_threads() {
-        assert_thread_independent(|| {
+    fn same_bits_on_any_number_of_threads_and_at_every_level() {
+        assert_level_independent(|| {
             let (n, h) = (777, 130);
             let (x, w) = (
                 normal("x", &[n, h], Kind::Float),
@@ -274,8 +325,19 @@ mod tests {
             forward(&x, &w, 1e-5, &mut y, &mut rstd).unwrap();
             let (mut dx, mut dw) = (zeros(&[n, h], Kind::Float), zeros(&[h], Kind::Float));
             let mut workspace = Workspace::new(Device::Cpu);
-            backward(&y, &x, &w, &rstd, &mut dx, Some(&mut dw), &mut workspace).unwrap();
-            [bits(&y), bits(&dx), bits(&dw)].concat()
+            let mut rounded = poison(&[n, h], w.kind());
+            let saved = Saved {
+                x: &x,
+                w: &w,
+                rstd: &rstd,
+            };
+            let gradients = Gradients {
+                dx: &mut dx,
+                rounded: Some(&mut rounded),
+                dw: Some(&mut dw),
+            };
+            backward(&y, saved, gradients, &mut workspace).unwrap();
+            [bits(&y), bits(&dx), bits(&rounded), bits(&dw)].concat()
         });
     }
 

@@ -11,7 +11,7 @@ use crate::Error;
 use crate::error::torch;
 use crate::float::{Float, with_float};
 use crate::simd::simd;
-use crate::sys::operands::{Operands, check_device, sizes};
+use crate::sys::operands::{Operands, sizes};
 use crate::sys::parallel::parallel_split;
 
 const TABLE: &str = "rope.table";
@@ -27,6 +27,16 @@ pub struct RopeTable {
     sin: Tensor,
     positions: usize,
     half: usize,
+}
+
+/// Where the rows of a table are looked up.
+pub(crate) struct Angles<'a> {
+    /// `[positions, d/2]`
+    pub(crate) cos: &'a [f32],
+    /// `[positions, d/2]`
+    pub(crate) sin: &'a [f32],
+    /// `[n]`, each in the table.
+    pub(crate) positions: &'a [i64],
 }
 
 impl RopeTable {
@@ -77,6 +87,21 @@ impl RopeTable {
         self.positions
     }
 
+    /// Cosines and sines for the rows at `positions: [n]` int64, all of them in the table.
+    pub(crate) fn angles<'a>(
+        &'a self,
+        operands: &mut Operands,
+        positions: &'a Tensor,
+        n: usize,
+    ) -> Result<Angles<'a>, Error> {
+        let shape = [self.positions, self.half];
+        Ok(Angles {
+            cos: operands.read::<f32>("cos", &self.cos, &shape)?,
+            sin: operands.read::<f32>("sin", &self.sin, &shape)?,
+            positions: check_positions(operands, positions, n, self.positions)?,
+        })
+    }
+
     /// Elements of one head.
     pub fn head_dim(&self) -> usize {
         2 * self.half
@@ -86,7 +111,7 @@ impl RopeTable {
 /// Turns every head of `x` in place.
 ///
 /// `x: [n, heads, d]` in T: rows may lie apart (the query and key heads of a fused qkv buffer),
-/// heads and elements within a row may not. `positions: [n]` int64 or int32. Same bits on any
+/// heads and elements within a row may not. `positions: [n]` int64. Same bits on any
 /// number of threads.
 ///
 /// # Errors
@@ -123,13 +148,11 @@ fn rotate(
     }
     with_float!(op, "x", x => T: {
         let mut operands = Operands::new(op);
-        let cos = operands.read::<f32>("cos", &table.cos, &[table.positions, half])?;
-        let sin = operands.read::<f32>("sin", &table.sin, &[table.positions, half])?;
-        let positions = Positions::check(&mut operands, op, positions, n, table.positions)?;
+        let Angles { cos, sin, positions } = table.angles(&mut operands, positions, n)?;
         let rows = operands.write_heads::<T>("x", x, [n, heads, d])?.by_rows();
         parallel_split(n, GRAIN, rows, |range: Range<usize>, mut part| {
             for (r, t) in range.enumerate() {
-                let at = positions.get(t) * half;
+                let at = positions[t] as usize * half;
                 rotate_row(part.row(r), &cos[at..at + half], &sin[at..at + half], direction);
             }
         });
@@ -152,49 +175,24 @@ fn rotate_row<T: Float>(row: &mut [T], cos: &[f32], sin: &[f32], direction: f32)
 }
 }
 
-/// Positions in either integer type, all known to lie in the table.
-enum Positions<'a> {
-    Int64(&'a [i64]),
-    Int32(&'a [i32]),
-}
-
-impl<'a> Positions<'a> {
-    fn check(
-        operands: &mut Operands,
-        op: &'static str,
-        tensor: &'a Tensor,
-        n: usize,
-        limit: usize,
-    ) -> Result<Self, Error> {
-        let positions = match check_device(op, "positions", tensor)? {
-            Kind::Int => Positions::Int32(operands.read::<i32>("positions", tensor, &[n])?),
-            _ => Positions::Int64(operands.read::<i64>("positions", tensor, &[n])?),
-        };
-        let limit = limit as i64;
-        match (0..n).find(|&t| !(0..limit).contains(&positions.value(t))) {
-            None => Ok(positions),
-            Some(at) => {
-                let value = positions.value(at);
-                Err(Error::Index {
-                    op,
-                    tensor: "positions",
-                    at,
-                    value,
-                    limit,
-                })
-            }
-        }
-    }
-
-    fn value(&self, t: usize) -> i64 {
-        match self {
-            Positions::Int64(values) => values[t],
-            Positions::Int32(values) => i64::from(values[t]),
-        }
-    }
-
-    fn get(&self, t: usize) -> usize {
-        self.value(t) as usize
+/// Positions, all known to lie in a table of `limit`.
+fn check_positions<'a>(
+    operands: &mut Operands,
+    tensor: &'a Tensor,
+    n: usize,
+    limit: usize,
+) -> Result<&'a [i64], Error> {
+    let positions = operands.read::<i64>("positions", tensor, &[n])?;
+    let limit = limit as i64;
+    match positions.iter().position(|at| !(0..limit).contains(at)) {
+        None => Ok(positions),
+        Some(at) => Err(Error::Index {
+            op: operands.op(),
+            tensor: "positions",
+            at,
+            value: positions[at],
+            limit,
+        }),
     }
 }
 
@@ -249,9 +247,20 @@ mod tests {
             let seed = normal("dx", &[n, heads, d], kind);
             let expected = gradients(&expected, &seed, &[&leaf]);
             let mut dx = seed.copy();
-            backward(&table, &positions.to_kind(Kind::Int), &mut dx).unwrap();
+            backward(&table, &positions, &mut dx).unwrap();
             assert_close("dx", &dx, &expected[0], bound);
         }
+    }
+
+    #[test]
+    fn same_bits_on_any_number_of_threads_and_at_every_level() {
+        assert_level_independent(|| {
+            let table = RopeTable::new(10_000.0, 18, 50).unwrap();
+            let positions = Tensor::arange(50, (Kind::Int64, Device::Cpu));
+            let mut x = normal("x", &[50, 3, 18], Kind::BFloat16);
+            forward(&table, &positions, &mut x).unwrap();
+            bits(&x)
+        });
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 use tch::{Device, Kind, Tensor};
 
+use crate::simd::{Level, with_level};
 use crate::sys::operands::as_slice;
 use crate::{Threads, philox};
 
@@ -82,6 +83,16 @@ pub fn assert_thread_independent(f: impl Fn() -> Vec<u32> + Copy + Send + 'stati
             on_threads(count, f) == expected,
             "other bits on {count} threads"
         );
+    }
+}
+
+/// As [`assert_thread_independent`], and the same bits at every instruction level: for the loops
+/// that the macro `simd!` compiles.
+pub fn assert_level_independent(f: impl Fn() -> Vec<u32> + Copy + Send + 'static) {
+    assert_thread_independent(f);
+    let expected = f();
+    for level in Level::ALL {
+        assert!(with_level(level, f) == expected, "other bits at {level:?}");
     }
 }
 

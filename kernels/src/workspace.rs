@@ -1,4 +1,4 @@
-//! Scratch memory that ops reuse instead of allocating.
+//! Scratch memory that ops reuse instead of allocating, and how much of it they will need.
 
 use std::collections::HashMap;
 
@@ -76,6 +76,27 @@ impl Workspace {
     }
 }
 
+/// What a [`Workspace`] grows to: requests are noted as it would serve them, and nothing is
+/// allocated.
+#[derive(Clone, Debug, Default)]
+pub struct WorkspacePlan {
+    bytes: HashMap<(&'static str, Kind), usize>,
+}
+
+impl WorkspacePlan {
+    /// A request, as [`Workspace::take`]. Requests of one name and dtype share memory.
+    pub fn take(&mut self, name: &'static str, shape: &[usize], kind: Kind) {
+        let bytes = shape.iter().product::<usize>() * kind.elt_size_in_bytes();
+        let largest = self.bytes.entry((name, kind)).or_default();
+        *largest = bytes.max(*largest);
+    }
+
+    /// Bytes of all buffers.
+    pub fn bytes(&self) -> usize {
+        self.bytes.values().sum()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -97,6 +118,16 @@ mod tests {
             [100]
         );
         assert_eq!(workspace.bytes(), 400 + 6);
+        let mut plan = WorkspacePlan::default();
+        for (shape, kind) in [
+            ([4, 8], Kind::Float),
+            ([3, 1], Kind::Float),
+            ([3, 1], Kind::BFloat16),
+            ([100, 1], Kind::Float),
+        ] {
+            plan.take("a", &shape, kind);
+        }
+        assert_eq!(plan.bytes() as u64, workspace.bytes());
         workspace.clear();
         assert_eq!(workspace.bytes(), 0);
         assert_eq!(

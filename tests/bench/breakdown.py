@@ -63,9 +63,9 @@ def work(model: Model, batch: int, seq_len: int, dtype: str) -> dict[str, Work]:
     products = f"{dtype} products"
     linear = {
         "qkv": (hidden, query + 2 * key),
-        "attention output": (query, hidden),
+        "middle": (query, hidden),
         "gate and up": (hidden, 2 * inner),
-        "mlp output": (inner, hidden),
+        "output": (inner, hidden),
     }
     found = {
         f"{op}, {slot}": Work(2 * layers * tokens * i * o, products)
@@ -84,13 +84,8 @@ def work(model: Model, batch: int, seq_len: int, dtype: str) -> dict[str, Work]:
 
     norms, stream = (2 * layers + 1) * hidden, RESIDUAL_BYTES
     found["rms_norm"] = moved(norms, stream + width, TRIAD)
-    found["rms_norm backward"] = moved(norms, 3 * stream + width, UPDATE)
-    found["rope"] = moved(layers * (query + key), 2 * width, UPDATE)
-    found["rope backward"] = found["rope"]
-    found["swiglu"] = moved(layers * inner, 3 * width, TRIAD)
-    found["swiglu backward"] = moved(layers * inner, 5 * width, TRIAD)
-    found["add"] = moved(2 * layers * hidden, 2 * stream + width, TRIAD)
-    found["add backward"] = moved(2 * layers * hidden, stream + width, TRIAD)
+    found["rms_norm backward"] = moved(norms, 3 * stream + 2 * width, UPDATE)
+    found["rope backward"] = moved(layers * (query + key), 2 * width, UPDATE)
     found["embedding"] = moved(hidden, stream + width, TRIAD)
     found["embedding backward"] = moved(hidden, stream + 8, UPDATE)
     # AdamW reads gradient, master and moments, writes the last three and the weights; then the

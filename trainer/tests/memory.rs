@@ -114,7 +114,13 @@ fn activations(model: &ModelConfig, dtype: Dtype, recompute: bool) {
         memory::reset_peak();
         walk.step(&actions);
     }
+    let settled = memory::stats();
+    walk.step(&actions);
     let after = memory::stats();
+    assert_eq!(
+        after.allocations, settled.allocations,
+        "{what}: a step allocates"
+    );
     compare(
         &format!("{what}, with workspace"),
         after.current_bytes - before,

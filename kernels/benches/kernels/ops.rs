@@ -6,9 +6,11 @@
 
 use oxitron_kernels::attention::{self, Gradients, Inputs};
 use oxitron_kernels::linear_cross_entropy as loss;
+use oxitron_kernels::linear_rope::Rotation;
+use oxitron_kernels::product::{Engine, with_engine};
 use oxitron_kernels::{
-    DocumentStarts, Error, RopeTable, Workspace, adamw, add, cast, embedding, linear, norm,
-    rms_norm, rope, swiglu,
+    DocumentStarts, Error, RopeTable, Workspace, adamw, cast, embedding, linear, linear_add,
+    linear_rope, linear_swiglu, norm, rms_norm,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -68,7 +70,6 @@ pub fn measure_all(bench: &mut Bench) -> Result<(), Error> {
         }
         norms(bench, kind)?;
         rotation(bench, kind)?;
-        activation(bench, kind)?;
         residual(bench, kind)?;
         embed(bench, kind)?;
         optimizer(bench, kind)?;
@@ -89,31 +90,96 @@ fn size(kind: Kind) -> f64 {
     kind.elt_size_in_bytes() as f64
 }
 
+/// The products of a block by themselves, by each engine, and with what the model fuses to them.
 fn products(bench: &mut Bench, model: &Model, kind: Kind) -> Result<(), Error> {
-    if !bench.wants(&["linear", "linear dgrad", "linear wgrad"]) {
+    for shape in model.products() {
+        for engine in [Engine::Own, Engine::Libtorch] {
+            with_engine(engine, || plain(bench, shape, kind, engine))?;
+        }
+    }
+    fused(bench, model, kind)
+}
+
+fn product(name: &str, [i, o]: [i64; 2], kind: Kind) -> Op {
+    Op {
+        name: name.to_owned(),
+        shape: format!("{TOKENS} × {i} → {o}"),
+        kind,
+        work: (2 * TOKENS * i * o) as f64,
+        floor: Floor::products(kind),
+    }
+}
+
+fn plain(bench: &mut Bench, (i, o): (i64, i64), kind: Kind, engine: Engine) -> Result<(), Error> {
+    let names = ["linear", "linear dgrad", "linear wgrad"];
+    if !bench.wants(&names) {
         return Ok(());
     }
     let mut workspace = Workspace::new(Device::Cpu);
-    for (i, o) in model.products() {
-        let (x, w) = (random(&[TOKENS, i], kind), random(&[o, i], kind));
-        let (dy, mut y) = (random(&[TOKENS, o], kind), zeros(&[TOKENS, o], kind));
-        let (mut dx, mut dw) = (zeros(&[TOKENS, i], kind), zeros(&[o, i], Kind::Float));
-        let op = |name| Op {
-            name,
-            shape: format!("{TOKENS} × {i} → {o}"),
-            kind,
-            work: (2 * TOKENS * i * o) as f64,
-            floor: Floor::products(kind),
-        };
-        bench.measure(op("linear"), || linear::forward(&x, &w, &mut y))?;
-        bench.measure(op("linear dgrad"), || {
-            linear::backward_input(&dy, &w, &mut dx, false)
-        })?;
-        bench.measure(op("linear wgrad"), || {
-            linear::backward_weight(&dy, &x, &mut dw, &mut workspace)
-        })?;
+    let (x, w) = (random(&[TOKENS, i], kind), random(&[o, i], kind));
+    let (dy, mut y) = (random(&[TOKENS, o], kind), zeros(&[TOKENS, o], kind));
+    let (mut dx, mut dw) = (zeros(&[TOKENS, i], kind), zeros(&[o, i], Kind::Float));
+    let [forward, dgrad, wgrad] = names.map(|name| match engine {
+        Engine::Own => product(name, [i, o], kind),
+        Engine::Libtorch => product(&format!("{name} by libtorch"), [i, o], kind),
+    });
+    bench.measure(forward, || linear::forward(&x, &w, &mut y, &mut workspace))?;
+    bench.measure(dgrad, || {
+        linear::backward_input(&dy, &w, &mut dx, &mut workspace)
+    })?;
+    bench.measure(wgrad, || {
+        linear::backward_weight(&dy, &x, &mut dw, &mut workspace)
+    })
+}
+
+fn fused(bench: &mut Bench, model: &Model, kind: Kind) -> Result<(), Error> {
+    let names = [
+        "linear + rope",
+        "linear + add",
+        "linear + swiglu",
+        "linear dgrad + swiglu backward",
+    ];
+    if !bench.wants(&names) {
+        return Ok(());
     }
-    Ok(())
+    let [rope, add, swiglu, swiglu_backward] = names;
+    let mut workspace = Workspace::new(Device::Cpu);
+    let (h, inner) = (model.hidden, model.inner);
+    let turned = model.query_heads + model.key_heads;
+    let all = (turned + model.key_heads) * HEAD_DIM;
+    let (x, stream) = (
+        random(&[TOKENS, h], kind),
+        random(&[TOKENS, h], Kind::Float),
+    );
+
+    let table = RopeTable::new(1e4, HEAD_DIM as usize, TOKENS as usize)?;
+    let rotation = Rotation {
+        table: &table,
+        positions: &Tensor::arange(TOKENS, (Kind::Int64, Device::Cpu)),
+        heads: turned as usize,
+    };
+    let (w, mut qkv) = (random(&[all, h], kind), zeros(&[TOKENS, all], kind));
+    bench.measure(product(rope, [h, all], kind), || {
+        linear_rope::forward(&x, &w, &rotation, &mut qkv, &mut workspace)
+    })?;
+
+    let w = random(&[2 * inner, h], kind);
+    let (mut gate_up, mut gated) = (
+        zeros(&[TOKENS, 2 * inner], kind),
+        zeros(&[TOKENS, inner], kind),
+    );
+    bench.measure(product(swiglu, [h, 2 * inner], kind), || {
+        linear_swiglu::forward(&x, &w, &mut gate_up, &mut gated, &mut workspace)
+    })?;
+
+    let (w, mut sum) = (random(&[h, inner], kind), zeros(&[TOKENS, h], Kind::Float));
+    bench.measure(product(add, [inner, h], kind), || {
+        linear_add::forward(&gated, &w, &stream, &mut sum, &mut workspace)
+    })?;
+    let mut dgate_up = zeros(&[TOKENS, 2 * inner], kind);
+    bench.measure(product(swiglu_backward, [inner, h], kind), || {
+        linear_swiglu::backward(&x, &w, &gate_up, &mut dgate_up, &mut workspace)
+    })
 }
 
 /// The head with its loss and both gradients.
@@ -136,7 +202,7 @@ fn head(bench: &mut Bench, kind: Kind) -> Result<(), Error> {
         chunk: loss::DEFAULT_CHUNK,
     };
     let op = Op {
-        name: "head",
+        name: "head".to_owned(),
         shape: format!("{n} × {h} → {v}"),
         kind,
         work: (6 * n * h * v) as f64,
@@ -202,8 +268,8 @@ fn attend(
     let dout = random(&[batch, seq, queries, d], kind);
     let mut workspace = Workspace::new(Device::Cpu);
     let product = documents.attention_pairs() as f64 * (2 * queries * d) as f64;
-    let op = |name, products: f64| Op {
-        name,
+    let op = |name: &str, products: f64| Op {
+        name: name.to_owned(),
         shape: shape.to_owned(),
         kind,
         work: products * product,
@@ -228,7 +294,7 @@ fn attend(
 /// An op that memory limits: rows × width elements, so many bytes for each.
 fn moving(name: &'static str, [rows, width]: [i64; 2], kind: Kind, bytes: f64, floor: Floor) -> Op {
     Op {
-        name,
+        name: name.to_owned(),
         shape: match width {
             1 => rows.to_string(),
             _ => format!("{rows} × {width}"),
@@ -248,18 +314,29 @@ fn norms(bench: &mut Bench, kind: Kind) -> Result<(), Error> {
     let (x, w) = (random(&[n, h], Kind::Float), random(&[h], kind));
     let (mut y, mut rstd) = (zeros(&[n, h], kind), zeros(&[n], Kind::Float));
     let (mut dx, mut dw) = (zeros(&[n, h], Kind::Float), zeros(&[h], Kind::Float));
+    let mut rounded = zeros(&[n, h], kind);
     let mut workspace = Workspace::new(Device::Cpu);
     let op = moving("rms_norm", [n, h], kind, bytes, Floor::Triad);
     bench.measure(op, || rms_norm::forward(&x, &w, 1e-5, &mut y, &mut rstd))?;
-    let bytes = 12.0 + size(kind);
+    let bytes = 12.0 + 2.0 * size(kind);
     let op = moving("rms_norm backward", [n, h], kind, bytes, Floor::Update);
     bench.measure(op, || {
-        rms_norm::backward(&y, &x, &w, &rstd, &mut dx, Some(&mut dw), &mut workspace)
+        let saved = rms_norm::Saved {
+            x: &x,
+            w: &w,
+            rstd: &rstd,
+        };
+        let gradients = rms_norm::Gradients {
+            dx: &mut dx,
+            rounded: Some(&mut rounded),
+            dw: Some(&mut dw),
+        };
+        rms_norm::backward(&y, saved, gradients, &mut workspace)
     })
 }
 
 fn rotation(bench: &mut Bench, kind: Kind) -> Result<(), Error> {
-    if !bench.wants(&["rope"]) {
+    if !bench.wants(&["rope backward"]) {
         return Ok(());
     }
     let turned = SMALL.query_heads + SMALL.key_heads;
@@ -268,40 +345,32 @@ fn rotation(bench: &mut Bench, kind: Kind) -> Result<(), Error> {
     let n = bench.rows_of(4 * turned * HEAD_DIM);
     let table = RopeTable::new(1e4, HEAD_DIM as usize, TOKENS as usize)?;
     let positions = Tensor::arange(n, (Kind::Int64, Device::Cpu)).remainder(TOKENS);
-    let qkv = random(&[n, all, HEAD_DIM], kind);
-    let mut heads = qkv.narrow(1, 0, turned);
-    let op = moving("rope", [n, turned * HEAD_DIM], kind, bytes, Floor::Update);
-    bench.measure(op, || rope::forward(&table, &positions, &mut heads))
+    let mut dqkv = random(&[n, all * HEAD_DIM], kind);
+    let op = moving(
+        "rope backward",
+        [n, turned * HEAD_DIM],
+        kind,
+        bytes,
+        Floor::Update,
+    );
+    let rotation = Rotation {
+        table: &table,
+        positions: &positions,
+        heads: turned as usize,
+    };
+    bench.measure(op, || linear_rope::backward(&rotation, &mut dqkv))
 }
 
-fn activation(bench: &mut Bench, kind: Kind) -> Result<(), Error> {
-    if !bench.wants(&["swiglu", "swiglu backward"]) {
-        return Ok(());
-    }
-    let (bytes, i) = (3.0 * size(kind), SMALL.inner);
-    let n = bench.rows_of(6 * i);
-    let gate_up = random(&[n, 2 * i], kind);
-    let (mut y, mut dgate_up) = (zeros(&[n, i], kind), zeros(&[n, 2 * i], kind));
-    let op = moving("swiglu", [n, i], kind, bytes, Floor::Triad);
-    bench.measure(op, || swiglu::forward(&gate_up, &mut y))?;
-    let bytes = 5.0 * size(kind);
-    let op = moving("swiglu backward", [n, i], kind, bytes, Floor::Triad);
-    bench.measure(op, || swiglu::backward(&y, &gate_up, &mut dgate_up))
-}
-
-/// The residual stream: its sums, and their gradient, which is a cast.
+/// What is left of the residual stream's sums: the first gradient of a branch, which is a cast.
 fn residual(bench: &mut Bench, kind: Kind) -> Result<(), Error> {
-    if !bench.wants(&["add", "add backward"]) {
+    if !bench.wants(&["cast"]) {
         return Ok(());
     }
     let (bytes, h) = (4.0 + size(kind), SMALL.hidden);
     let n = bench.rows_of(6 * h);
-    let (stream, mut delta) = (random(&[n, h], Kind::Float), random(&[n, h], kind));
-    let mut sum = zeros(&[n, h], Kind::Float);
-    let op = moving("add", [n, h], kind, 4.0 + bytes, Floor::Triad);
-    bench.measure(op, || add::forward(&stream, &delta, &mut sum))?;
-    let op = moving("add backward", [n, h], kind, bytes, Floor::Triad);
-    bench.measure(op, || cast::forward(&stream, &mut delta))
+    let (stream, mut rounded) = (random(&[n, h], Kind::Float), random(&[n, h], kind));
+    let op = moving("cast", [n, h], kind, bytes, Floor::Triad);
+    bench.measure(op, || cast::forward(&stream, &mut rounded))
 }
 
 fn embed(bench: &mut Bench, kind: Kind) -> Result<(), Error> {

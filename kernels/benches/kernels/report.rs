@@ -68,7 +68,7 @@ impl Options {
 /// An op on one shape.
 pub struct Op {
     /// As in a trace.
-    pub name: &'static str,
+    pub name: String,
     pub shape: String,
     pub kind: Kind,
     /// Operations, or bytes with each operand read or written once.
@@ -144,7 +144,7 @@ impl Bench {
         op: Op,
         mut run: impl FnMut() -> Result<(), Error>,
     ) -> Result<(), Error> {
-        if !self.wants(&[op.name]) {
+        if !self.wants(&[op.name.as_str()]) {
             return Ok(());
         }
         // The first call takes scratch from the system.
@@ -211,7 +211,7 @@ impl Row {
     fn print(&self) {
         let (middle, least) = self.milliseconds();
         print_cells([
-            self.op.name,
+            &self.op.name,
             &self.op.shape,
             self.dtype(),
             &format!("{middle:.3}"),

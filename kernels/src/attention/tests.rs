@@ -48,8 +48,15 @@ fn check(documents: &DocumentStarts, heads: [i64; 3], kind: Kind, bound: f64) {
     };
     backward(&inputs, &out, &lse, &dout, gradients, &mut workspace).unwrap();
     let heads = heads.map(|count| count as usize);
-    let taken = workspace_bytes(kind, documents.batch() * documents.seq(), heads).unwrap();
-    assert_eq!(workspace.bytes(), taken as u64);
+    let mut planned = WorkspacePlan::default();
+    plan(
+        &mut planned,
+        kind,
+        documents.batch() * documents.seq(),
+        heads,
+    )
+    .unwrap();
+    assert_eq!(workspace.bytes(), planned.bytes() as u64);
     // A single token attends to itself alone: its dq and dk are zero.
     if documents.attention_pairs() > (batch * seq) as u64 {
         assert_close("dq", &dq, &expected[0], bound);

@@ -83,6 +83,40 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// become one 32-bit word, `a`'s in the low half; words 0..16, then 16..32.
     fn pair_words(self, a: Self::F, b: Self::F) -> [Self::F; 2];
 
+    /// `eˣ` for `x ≤ 88` with a relative error below 2e-7; zero below 2⁻¹⁰⁰, NaN for NaN.
+    #[inline(always)]
+    fn exp(self, x: Self::F) -> Self::F {
+        // As `crate::simd::exp`: x = n·ln 2 + r with |r| ≤ ln 2 / 2, a polynomial in r, times 2ⁿ.
+        const ROUND: f32 = 12_582_912.0; // 1.5 · 2²³: adding it rounds to the nearest integer
+        const LN2_HIGH: f32 = 355.0 / 512.0;
+        const LN2_LOW: f32 = -2.121_944_4e-4;
+        const POLYNOMIAL: [f32; 6] = [
+            1.987_569_1e-4,
+            1.398_199_9e-3,
+            8.333_452e-3,
+            4.166_579_6e-2,
+            1.666_666_5e-1,
+            0.5,
+        ];
+        // Infinity less infinity would be NaN. The second of two is taken if one is NaN.
+        let x = self.max(self.splat(-110.0), x);
+        let shifted = self.add(
+            self.mul(x, self.splat(std::f32::consts::LOG2_E)),
+            self.splat(ROUND),
+        );
+        let n = self.sub(shifted, self.splat(ROUND));
+        let r = self.fma(n, self.splat(-LN2_HIGH), x);
+        let r = self.fma(n, self.splat(-LN2_LOW), r);
+        let mut p = self.splat(POLYNOMIAL[0]);
+        for c in &POLYNOMIAL[1..] {
+            p = self.fma(p, r, self.splat(*c));
+        }
+        let mantissa = self.add(self.fma(self.mul(p, r), r, r), self.splat(1.0));
+        // At whole numbers `exp2` is its first coefficient times the exact power.
+        let power = self.mul(self.exp2(n), self.splat(1.0 / EXP2[0]));
+        self.mul(mantissa, power)
+    }
+
     /// Sum of the lanes, pairwise.
     #[inline(always)]
     fn sum(self, x: Self::F) -> f32 {

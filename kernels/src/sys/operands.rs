@@ -40,6 +40,11 @@ impl Operands {
         }
     }
 
+    /// The op that is called.
+    pub(crate) fn op(&self) -> &'static str {
+        self.op
+    }
+
     /// A contiguous tensor of exactly this shape, to be read.
     ///
     /// # Errors
@@ -107,23 +112,55 @@ impl Operands {
         Ok(unsafe { Grid::from_raw(tensor.data_ptr().cast(), rows, width, stride) })
     }
 
-    /// A `[rows, columns]` matrix for libtorch's own kernels, whose rows may lie apart but are
-    /// dense: checked, and its memory noted, without becoming a slice.
+    /// A `[rows, columns]` matrix whose rows may lie apart but are dense, to be read: the elements
+    /// from its first to its last, and from one row to the next.
     ///
     /// # Errors
     /// Any of the argument errors of [`Error`].
-    pub fn matrix(
+    pub fn read_matrix<'t, E: Scalar>(
         &mut self,
         name: &'static str,
+        tensor: &'t Tensor,
+        shape: [usize; 2],
+    ) -> Result<(&'t [E], usize), Error> {
+        let (len, stride) = self.matrix::<E>(name, tensor, shape)?;
+        self.claim::<E>(name, tensor, len, false)?;
+        if len == 0 {
+            return Ok((&[], stride));
+        }
+        // SAFETY: a defined CPU tensor of this dtype owns all elements that its strides reach for as
+        // long as it is borrowed; `claim` saw no written argument among them.
+        let elements = unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast(), len) };
+        Ok((elements, stride))
+    }
+
+    /// As [`Operands::read_matrix`], to be written: where the matrix begins, and from one row to the
+    /// next. What lies between its rows may belong to others.
+    ///
+    /// # Errors
+    /// Any of the argument errors of [`Error`].
+    pub fn write_matrix<E: Scalar>(
+        &mut self,
+        name: &'static str,
+        tensor: &mut Tensor,
+        shape: [usize; 2],
+    ) -> Result<(*mut E, usize), Error> {
+        let (len, stride) = self.matrix::<E>(name, tensor, shape)?;
+        self.claim::<E>(name, tensor, len, true)?;
+        Ok((tensor.data_ptr().cast(), stride))
+    }
+
+    /// Elements from the first to the last of a matrix, and from one row to the next.
+    fn matrix<E: Scalar>(
+        &self,
+        name: &'static str,
         tensor: &Tensor,
-        kind: Kind,
         [rows, columns]: [usize; 2],
-        written: bool,
-    ) -> Result<(), Error> {
-        check_kind(self.op, name, tensor, kind)?;
+    ) -> Result<(usize, usize), Error> {
+        check_kind(self.op, name, tensor, E::KIND)?;
         check_shape(self.op, name, tensor, &[rows, columns])?;
         if rows * columns == 0 {
-            return Ok(());
+            return Ok((0, columns));
         }
         let strides = tensor.stride();
         let stride = if rows == 1 {
@@ -134,11 +171,7 @@ impl Operands {
         if (columns > 1 && strides[1] != 1) || stride < columns {
             return Err(self.layout(name, tensor, "dense within a row, rows apart or adjacent"));
         }
-        let len = (rows - 1) * stride + columns;
-        match kind {
-            Kind::BFloat16 => self.claim::<half::bf16>(name, tensor, len, written),
-            _ => self.claim::<f32>(name, tensor, len, written),
-        }
+        Ok(((rows - 1) * stride + columns, stride))
     }
 
     fn dense<E: Scalar>(

@@ -36,6 +36,33 @@ impl Slots {
     }
 }
 
+/// The gradient of the residual stream, `[tokens, hidden]`. It flows through all layers in place.
+#[derive(Debug)]
+pub(super) struct StreamGradient {
+    /// In the residual dtype.
+    wide: Tensor,
+    /// In the compute dtype, where that is another one: every norm that adds to the stream's
+    /// gradient rounds it in passing, for the branch that comes next.
+    rounded: Option<Tensor>,
+}
+
+impl StreamGradient {
+    /// As the end of a branch takes it: in the compute dtype.
+    pub(super) fn branch(&self) -> &Tensor {
+        self.rounded.as_ref().unwrap_or(&self.wide)
+    }
+
+    /// As the embedding takes it: in the residual dtype.
+    pub(super) fn wide(&self) -> &Tensor {
+        &self.wide
+    }
+
+    /// Both, for a norm to write.
+    pub(super) fn parts(&mut self) -> (&mut Tensor, Option<&mut Tensor>) {
+        (&mut self.wide, self.rounded.as_mut())
+    }
+}
+
 /// Dtypes of the buffers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Precision {
@@ -53,12 +80,14 @@ pub struct Activations {
     /// The residual stream between the layers, `[tokens, hidden]` each: what the embedding writes
     /// first, what the head reads last.
     pub(super) stream: Vec<Tensor>,
-    /// Gradient of the residual stream, `[tokens, hidden]`.
-    pub(super) residual_gradient: Tensor,
+    /// Gradient of the residual stream.
+    pub(super) stream_gradient: StreamGradient,
     /// Final norm, `[tokens, hidden]`, and its gradient.
     pub(super) normed: Tensor,
     pub(super) normed_gradient: Tensor,
     pub(super) rstd: Tensor,
+    /// Loss of a micro-batch, `[1]` fp64.
+    pub(super) loss: Tensor,
     pub(super) workspace: Workspace,
     pub(super) tokens: usize,
     /// When each operation ran.
@@ -92,7 +121,13 @@ impl Activations {
             SlotKind::Compute => allocate(slot.width, precision.compute),
             SlotKind::Statistic => statistic(slot.width),
         };
-        let residual_gradient = allocate(hidden, precision.residual)?;
+        let differ = precision.residual != precision.compute;
+        let stream_gradient = StreamGradient {
+            wide: allocate(hidden, precision.residual)?,
+            rounded: differ
+                .then(|| allocate(hidden, precision.compute))
+                .transpose()?,
+        };
 
         // Storage shared by all blocks, and the one gradient per slot.
         let mut shared = Vec::new();
@@ -101,9 +136,8 @@ impl Activations {
             let is_shared = program.storage(index, recompute) == Storage::Shared;
             shared.push(is_shared.then(|| for_slot(slot)).transpose()?);
             gradients.push(match slot.kind {
-                SlotKind::Residual => residual_gradient.shallow_clone(),
                 SlotKind::Compute => allocate(slot.width, precision.compute)?,
-                SlotKind::Statistic => statistic(0)?,
+                SlotKind::Residual | SlotKind::Statistic => statistic(0)?,
             });
         }
 
@@ -127,10 +161,11 @@ impl Activations {
             blocks: block_slots,
             gradients: Slots(gradients),
             stream,
-            residual_gradient,
+            stream_gradient,
             normed: allocate(hidden, precision.compute)?,
             normed_gradient: allocate(hidden, precision.compute)?,
             rstd: statistic(1)?,
+            loss: Tensor::f_zeros([1], (Kind::Double, device)).during("allocating activations")?,
             workspace: Workspace::new(device),
             tokens,
             stopwatch: Stopwatch::default(),

@@ -193,6 +193,7 @@ impl Decoder {
             normed,
             rstd,
             normed_gradient,
+            loss,
             workspace,
             stopwatch,
             ..
@@ -202,9 +203,9 @@ impl Decoder {
         rms_norm::forward(last, &weights[NORM.0][NORM.1], self.norm_eps, normed, rstd)?;
         stopwatch.lap("rms_norm", "final norm");
         let head = &weights[HEAD.0][HEAD.1];
-        let mut sum = Tensor::f_zeros([1], (Kind::Double, head.device())).map_err(torch)?;
+        let _ = loss.f_zero_().map_err(torch)?;
         let losses = linear_cross_entropy::Losses {
-            sum: &mut sum,
+            sum: loss,
             per_token: None,
         };
         let inputs = linear_cross_entropy::Inputs {
@@ -225,7 +226,7 @@ impl Decoder {
                 linear_cross_entropy::forward_backward(&inputs, losses, gradients, workspace)?;
             }
         }
-        let sum = sum.f_double_value(&[0]).map_err(torch)?;
+        let sum = loss.f_double_value(&[0]).map_err(torch)?;
         stopwatch.lap("head", "loss");
         Ok(Loss {
             sum,
@@ -257,7 +258,7 @@ impl Decoder {
             let Some(d_weight) = gradients[0][0].as_mut() else {
                 return Ok(());
             };
-            embedding::backward(&batch.tokens, &activations.residual_gradient, d_weight)
+            embedding::backward(&batch.tokens, activations.stream_gradient.wide(), d_weight)
                 .map_err(|source| self.failed(layer, source))?;
             activations.stopwatch.lap("embedding backward", "stream");
             return Ok(());
@@ -265,6 +266,7 @@ impl Decoder {
         let Activations {
             blocks,
             gradients: slot_gradients,
+            stream_gradient,
             workspace,
             stopwatch,
             ..
@@ -272,7 +274,7 @@ impl Decoder {
         let (slots, tools) = (&mut blocks[layer - 1], (workspace, stopwatch));
         let mut run = self.block_run(layer, &weights[0], batch, rope, slots, tools);
         for op in self.program.ops.iter().rev() {
-            run.backward(op, slot_gradients, &mut gradients[0])?;
+            run.backward(op, stream_gradient, slot_gradients, &mut gradients[0])?;
         }
         Ok(())
     }
@@ -287,25 +289,23 @@ impl Decoder {
             stream,
             rstd,
             normed_gradient,
-            residual_gradient,
+            stream_gradient,
             workspace,
             stopwatch,
             ..
         } = activations;
         let last = &stream[self.layers() - 2];
+        let (dx, rounded) = stream_gradient.parts();
         // The norm adds to the gradient of the stream; this is where that gradient begins.
-        let _ = residual_gradient.f_zero_().map_err(torch)?;
-        let d_norm = gradients[NORM.0][NORM.1].as_mut();
-        let norm = &weights[NORM.0][NORM.1];
-        rms_norm::backward(
-            normed_gradient,
-            last,
-            norm,
+        let _ = dx.f_zero_().map_err(torch)?;
+        let saved = rms_norm::Saved {
+            x: last,
+            w: &weights[NORM.0][NORM.1],
             rstd,
-            residual_gradient,
-            d_norm,
-            workspace,
-        )?;
+        };
+        let dw = gradients[NORM.0][NORM.1].as_mut();
+        let gradients = rms_norm::Gradients { dx, rounded, dw };
+        rms_norm::backward(normed_gradient, saved, gradients, workspace)?;
         stopwatch.lap("rms_norm backward", "final norm");
         Ok(())
     }
@@ -326,6 +326,7 @@ impl Decoder {
                 stream,
                 normed,
                 rstd,
+                workspace,
                 ..
             } = activations;
             let last = &stream[self.layers() - 2];
@@ -336,7 +337,8 @@ impl Decoder {
             let shape = [rows.len() as i64, self.vocab_size as i64];
             let mut logits =
                 Tensor::f_zeros(shape, (self.precision.compute, x.device())).map_err(torch)?;
-            linear_cross_entropy::logits(&x, &weights[HEAD.0][HEAD.1], &mut logits)?;
+            let head = &weights[HEAD.0][HEAD.1];
+            linear_cross_entropy::logits(&x, head, &mut logits, workspace)?;
             let mut result = Tensor::f_zeros(shape, (Kind::Float, x.device())).map_err(torch)?;
             cast::forward(&logits, &mut result)?;
             Ok(result)

@@ -4,7 +4,10 @@
 //! test of the allocator holds the two together. On top comes what operations take from the
 //! workspace.
 
-use oxitron_kernels::{attention, linear, linear_cross_entropy, rms_norm};
+use oxitron_kernels::{
+    WorkspacePlan, attention, linear_add, linear_cross_entropy,
+    linear_cross_entropy::DEFAULT_CHUNK, linear_rope, linear_swiglu, rms_norm,
+};
 use tch::Kind;
 
 use super::{
@@ -52,19 +55,16 @@ pub fn activation_bytes(
         },
         tokens,
     };
-    let heads = [model.num_heads, model.num_kv_heads, model.head_dim];
-    // The configuration has refused heads that the operation refuses.
-    let attention = attention::workspace_bytes(kind(compute), tokens, heads).unwrap_or(0);
     let (blocks, hidden) = (model.num_layers, model.hidden_size);
     let stream = (blocks + 1) * count.values(hidden, count.precision.residual);
     ActivationBytes {
         kept: stream + blocks * count.slots(Storage::Block, recompute),
         shared: count.slots(Storage::Shared, recompute)
             + count.slot_gradients()
-            + count.values(hidden, count.precision.residual)
+            + count.stream_gradient(hidden)
             + 2 * count.values(hidden, count.precision.compute)
             + tokens * STATISTIC,
-        workspace: count.workspace(hidden, model.vocab_size) + attention,
+        workspace: count.workspace(model).bytes(),
     }
 }
 
@@ -96,6 +96,17 @@ impl Count {
             .sum()
     }
 
+    /// The gradient of the residual stream, and the same in the compute dtype.
+    fn stream_gradient(&self, hidden: usize) -> usize {
+        let Precision { compute, residual } = self.precision;
+        let rounded = if compute == residual {
+            0
+        } else {
+            self.values(hidden, compute)
+        };
+        self.values(hidden, residual) + rounded
+    }
+
     /// One gradient for each slot of every block; that of the residual stream is counted apart.
     fn slot_gradients(&self) -> usize {
         let slots = self.program.slots.iter();
@@ -105,23 +116,48 @@ impl Count {
             .sum()
     }
 
-    /// Operations of one name share a buffer, so the largest request of each counts.
-    fn workspace(&self, hidden: usize, vocab_size: usize) -> usize {
-        let compute = self.precision.compute;
-        let chunk = linear_cross_entropy::DEFAULT_CHUNK;
-        let head_weight = [vocab_size, hidden];
-        let head = linear_cross_entropy::workspace_bytes(compute, self.tokens, head_weight, chunk);
-        let of_head = linear::workspace_bytes(compute, head_weight);
+    /// What operations take from the workspace.
+    fn workspace(&self, model: &ModelConfig) -> WorkspacePlan {
+        let (kind, tokens, hidden) = (self.precision.compute, self.tokens, model.hidden_size);
         let width = |slot: usize| self.program.slots[slot].width;
-        let weights = self.program.ops.iter().filter_map(|op| match *op {
-            Op::Linear { x, y, .. } => Some([width(y), width(x)]),
-            _ => None,
-        });
-        let largest = weights
-            .map(|weight| linear::workspace_bytes(compute, weight))
-            .max();
-        let of_blocks = largest.unwrap_or(0).saturating_sub(of_head);
-        head + of_blocks + rms_norm::workspace_bytes(self.tokens, hidden)
+        let mut plan = WorkspacePlan::default();
+        for op in &self.program.ops {
+            match *op {
+                Op::RmsNorm { x, .. } => rms_norm::plan(&mut plan, tokens, width(x)),
+                Op::LinearRope { x, qkv, .. } => {
+                    let weight = [width(qkv), width(x)];
+                    linear_rope::plan(&mut plan, kind, tokens, weight, model.head_dim);
+                }
+                Op::Attention { .. } => {
+                    let heads = [model.num_heads, model.num_kv_heads, model.head_dim];
+                    // The configuration has refused heads that the operation refuses.
+                    let _ = attention::plan(&mut plan, kind, tokens, heads);
+                }
+                Op::LinearAdd { x, sum, .. } => {
+                    linear_add::plan(&mut plan, kind, tokens, [width(sum), width(x)]);
+                }
+                Op::SwiGlu {
+                    x,
+                    gate_up,
+                    gated,
+                    sum,
+                    ..
+                } => {
+                    linear_swiglu::plan(&mut plan, kind, tokens, [width(gate_up), width(x)]);
+                    linear_swiglu::plan_backward(
+                        &mut plan,
+                        kind,
+                        tokens,
+                        [width(sum), width(gated)],
+                    );
+                    linear_add::plan(&mut plan, kind, tokens, [width(sum), width(gated)]);
+                }
+            }
+        }
+        rms_norm::plan(&mut plan, tokens, hidden);
+        let head = [model.vocab_size, hidden];
+        linear_cross_entropy::plan(&mut plan, kind, tokens, head, DEFAULT_CHUNK);
+        plan
     }
 }
 

@@ -166,13 +166,11 @@ pub(super) fn block_program(model: &ModelConfig) -> Program {
     let qkv = slot("qkv", Compute, query + 2 * key, true);
     let attended = slot("attention", Compute, query, true);
     let log_sum_exp = slot("log-sum-exp", Statistic, model.num_heads, true);
-    let attention_delta = slot("attention output", Compute, hidden, false);
     let middle = slot("middle", Residual, hidden, true);
     let mlp_normed = slot("mlp norm", Compute, hidden, true);
     let mlp_rstd = slot("mlp norm statistic", Statistic, 1, true);
     let gate_up = slot("gate and up", Compute, 2 * model.intermediate_size, true);
     let gated = slot("gated", Compute, model.intermediate_size, true);
-    let mlp_delta = slot("mlp output", Compute, hidden, false);
     // The next block keeps it as its input.
     let output = slot("output", Residual, hidden, false);
 
@@ -183,25 +181,20 @@ pub(super) fn block_program(model: &ModelConfig) -> Program {
             y: normed,
             rstd,
         },
-        Op::Linear {
+        Op::LinearRope {
             x: normed,
             weight: weight::QKV,
-            y: qkv,
+            qkv,
         },
-        Op::Rope { qkv },
         Op::Attention {
             qkv,
             y: attended,
             log_sum_exp,
         },
-        Op::Linear {
+        Op::LinearAdd {
             x: attended,
             weight: weight::ATTENTION_OUTPUT,
-            y: attention_delta,
-        },
-        Op::Add {
             residual: input,
-            delta: attention_delta,
             sum: middle,
         },
         Op::RmsNorm {
@@ -210,20 +203,13 @@ pub(super) fn block_program(model: &ModelConfig) -> Program {
             y: mlp_normed,
             rstd: mlp_rstd,
         },
-        Op::Linear {
+        Op::SwiGlu {
             x: mlp_normed,
-            weight: weight::GATE_UP,
-            y: gate_up,
-        },
-        Op::SwiGlu { gate_up, y: gated },
-        Op::Linear {
-            x: gated,
-            weight: weight::DOWN,
-            y: mlp_delta,
-        },
-        Op::Add {
+            gate_up_weight: weight::GATE_UP,
+            gate_up,
+            gated,
+            down_weight: weight::DOWN,
             residual: middle,
-            delta: mlp_delta,
             sum: output,
         },
     ];

@@ -1,13 +1,14 @@
 //! Running one operation of a block, forwards and backwards.
 
 use oxitron_kernels::{
-    Error, RopeTable, Workspace, add, attention, cast, linear, rms_norm, rope, swiglu,
+    Error, RopeTable, Workspace, attention, linear, linear_add, linear_rope, linear_swiglu,
+    rms_norm,
 };
 use tch::Tensor;
 
 use super::{
     ModelError, Stopwatch,
-    activations::Slots,
+    activations::{Slots, StreamGradient},
     batch::Batch,
     program::{Op, Slot, SlotSpec},
 };
@@ -45,26 +46,21 @@ struct Projections {
 impl BlockRun<'_> {
     /// Runs `op` and fills the slots that it writes.
     pub(super) fn forward(&mut self, op: &Op) -> Result<(), ModelError> {
-        self.run_forward(op).map_err(|source| self.failed(source))?;
-        let (name, _) = op.names();
-        self.stopwatch.lap(name, self.specs[op.result()].name);
-        Ok(())
+        self.run_forward(op).map_err(|source| self.failed(source))
     }
 
     /// Runs `op` backwards: reads the gradients of the slots that it wrote, adds to the gradients
-    /// of its weights, and fills the gradients of the slots that it read. The residual stream's
-    /// gradient is added to, since it also flows around the sub-block.
+    /// of its weights, and fills the gradients of the slots that it read. The gradient of the
+    /// residual stream is added to by norms, and read at the ends of branches.
     pub(super) fn backward(
         &mut self,
         op: &Op,
+        stream: &mut StreamGradient,
         gradients: &mut Slots,
         weight_gradients: &mut [Option<Tensor>],
     ) -> Result<(), ModelError> {
-        self.run_backward(op, gradients, weight_gradients)
-            .map_err(|source| self.failed(source))?;
-        let (_, name) = op.names();
-        self.stopwatch.lap(name, self.specs[op.result()].name);
-        Ok(())
+        self.run_backward(op, stream, gradients, weight_gradients)
+            .map_err(|source| self.failed(source))
     }
 
     fn failed(&self, source: Error) -> ModelError {
@@ -74,74 +70,107 @@ impl BlockRun<'_> {
         }
     }
 
+    /// An operation ends that writes `slot`, or whose result `slot` was.
+    fn lap(&mut self, operation: &'static str, slot: Slot) {
+        self.stopwatch.lap(operation, self.specs[slot].name);
+    }
+
     fn run_forward(&mut self, op: &Op) -> Result<(), Error> {
         match *op {
             Op::RmsNorm { x, weight, y, rstd } => {
-                let [x, y, rstd] = self.slots.get([x, y, rstd])?;
-                rms_norm::forward(x, &self.weights[weight], self.norm_eps, y, rstd)
+                let [x, y_out, rstd] = self.slots.get([x, y, rstd])?;
+                rms_norm::forward(x, &self.weights[weight], self.norm_eps, y_out, rstd)?;
+                self.lap("rms_norm", y);
             }
-            Op::Linear { x, weight, y } => {
-                let [x, y] = self.slots.get([x, y])?;
-                linear::forward(x, &self.weights[weight], y)
-            }
-            Op::Rope { qkv } => {
-                let mut rotated = self.rotated_heads(qkv)?;
-                rope::forward(self.rope, &self.batch.positions, &mut rotated)
+            Op::LinearRope { x, weight, qkv } => {
+                let [x, qkv_out] = self.slots.get([x, qkv])?;
+                let rotation = rotation(self.rope, self.batch, self.heads);
+                let weight = &self.weights[weight];
+                linear_rope::forward(x, weight, &rotation, qkv_out, self.workspace)?;
+                self.lap("linear", qkv);
             }
             Op::Attention {
                 qkv,
                 y,
                 log_sum_exp,
             } => {
-                let [qkv, y, log_sum_exp] = self.slots.get([qkv, y, log_sum_exp])?;
+                let [qkv, y_out, log_sum_exp] = self.slots.get([qkv, y, log_sum_exp])?;
                 let heads = projections(qkv, self.batch, self.heads)?;
                 let mut log_sum_exp = per_head(log_sum_exp, self.batch, self.heads)?;
-                let mut y = heads_view(y, self.batch, self.heads)?;
+                let mut y_out = heads_view(y_out, self.batch, self.heads)?;
                 let inputs = attention_inputs(self.batch, self.heads, &heads);
-                attention::forward(&inputs, &mut y, &mut log_sum_exp, self.workspace)
+                attention::forward(&inputs, &mut y_out, &mut log_sum_exp, self.workspace)?;
+                self.lap("attention", y);
             }
-            Op::SwiGlu { gate_up, y } => {
-                let [gate_up, y] = self.slots.get([gate_up, y])?;
-                swiglu::forward(gate_up, y)
-            }
-            Op::Add {
+            Op::LinearAdd {
+                x,
+                weight,
                 residual,
-                delta,
+                sum,
+            } => self.add_product(x, weight, residual, sum)?,
+            Op::SwiGlu {
+                x,
+                gate_up_weight,
+                gate_up,
+                gated,
+                down_weight,
+                residual,
                 sum,
             } => {
-                let [residual, delta, sum] = self.slots.get([residual, delta, sum])?;
-                add::forward(residual, delta, sum)
+                let [x, gate_up_out, gated_out] = self.slots.get([x, gate_up, gated])?;
+                let weight = &self.weights[gate_up_weight];
+                linear_swiglu::forward(x, weight, gate_up_out, gated_out, self.workspace)?;
+                self.lap("linear", gate_up);
+                self.add_product(gated, down_weight, residual, sum)?;
             }
         }
+        Ok(())
+    }
+
+    /// `sum = residual + x · weightᵀ`
+    fn add_product(
+        &mut self,
+        x: Slot,
+        weight: usize,
+        residual: Slot,
+        sum: Slot,
+    ) -> Result<(), Error> {
+        let [x, residual, sum_out] = self.slots.get([x, residual, sum])?;
+        linear_add::forward(x, &self.weights[weight], residual, sum_out, self.workspace)?;
+        self.lap("linear", sum);
+        Ok(())
     }
 
     fn run_backward(
         &mut self,
         op: &Op,
+        stream: &mut StreamGradient,
         gradients: &mut Slots,
         weight_gradients: &mut [Option<Tensor>],
     ) -> Result<(), Error> {
         match *op {
             Op::RmsNorm { x, weight, y, rstd } => {
-                let [d_x, d_y] = gradients.get([x, y])?;
+                let [d_y] = gradients.get([y])?;
                 let [x, rstd] = self.slots.get([x, rstd])?;
-                let d_weight = weight_gradients[weight].as_mut();
-                let (weight, workspace) = (&self.weights[weight], &mut *self.workspace);
-                rms_norm::backward(d_y, x, weight, rstd, d_x, d_weight, workspace)
+                let (dx, rounded) = stream.parts();
+                let saved = rms_norm::Saved {
+                    x,
+                    w: &self.weights[weight],
+                    rstd,
+                };
+                let dw = weight_gradients[weight].as_mut();
+                let gradients = rms_norm::Gradients { dx, rounded, dw };
+                rms_norm::backward(d_y, saved, gradients, self.workspace)?;
+                self.lap("rms_norm backward", y);
             }
-            Op::Linear { x, weight, y } => {
-                let [d_x, d_y] = gradients.get([x, y])?;
-                let [x] = self.slots.get([x])?;
-                if let Some(d_weight) = weight_gradients[weight].as_mut() {
-                    linear::backward_weight(d_y, x, d_weight, self.workspace)?;
-                    self.stopwatch.lap("linear wgrad", self.specs[y].name);
-                }
-                linear::backward_input(d_y, &self.weights[weight], d_x, false)
-            }
-            Op::Rope { qkv } => {
-                let [d_qkv] = gradients.get([qkv])?;
-                let mut rotated = rotated_heads(d_qkv, self.heads)?;
-                rope::backward(self.rope, &self.batch.positions, &mut rotated)
+            Op::LinearRope { x, weight, qkv } => {
+                let [d_x, d_qkv] = gradients.get([x, qkv])?;
+                let rotation = rotation(self.rope, self.batch, self.heads);
+                linear_rope::backward(&rotation, d_qkv)?;
+                self.lap("rope backward", qkv);
+                self.weight_gradient(d_qkv, x, weight, qkv, weight_gradients)?;
+                linear::backward_input(d_qkv, &self.weights[weight], d_x, self.workspace)?;
+                self.lap("linear dgrad", qkv);
             }
             Op::Attention {
                 qkv,
@@ -149,10 +178,10 @@ impl BlockRun<'_> {
                 log_sum_exp,
             } => {
                 let [d_qkv, d_y] = gradients.get([qkv, y])?;
-                let [qkv, y, log_sum_exp] = self.slots.get([qkv, y, log_sum_exp])?;
+                let [qkv, y_out, log_sum_exp] = self.slots.get([qkv, y, log_sum_exp])?;
                 let heads = projections(qkv, self.batch, self.heads)?;
                 let log_sum_exp = per_head(log_sum_exp, self.batch, self.heads)?;
-                let y = heads_view(y, self.batch, self.heads)?;
+                let y_out = heads_view(y_out, self.batch, self.heads)?;
                 let d_y = heads_view(d_y, self.batch, self.heads)?;
                 let mut gradient = projections(d_qkv, self.batch, self.heads)?;
                 let gradients = attention::Gradients {
@@ -162,27 +191,65 @@ impl BlockRun<'_> {
                 };
                 let inputs = attention_inputs(self.batch, self.heads, &heads);
                 let workspace = &mut *self.workspace;
-                attention::backward(&inputs, &y, &log_sum_exp, &d_y, gradients, workspace)
+                attention::backward(&inputs, &y_out, &log_sum_exp, &d_y, gradients, workspace)?;
+                self.lap("attention backward", y);
             }
-            Op::SwiGlu { gate_up, y } => {
-                let [d_gate_up, d_y] = gradients.get([gate_up, y])?;
-                let [gate_up] = self.slots.get([gate_up])?;
-                swiglu::backward(d_y, gate_up, d_gate_up)
+            Op::LinearAdd { x, weight, sum, .. } => {
+                let [d_x] = gradients.get([x])?;
+                let d_sum = stream.branch();
+                self.weight_gradient(d_sum, x, weight, sum, weight_gradients)?;
+                linear::backward_input(d_sum, &self.weights[weight], d_x, self.workspace)?;
+                self.lap("linear dgrad", sum);
             }
-            // The residual stream's gradient passes through as it is: `residual` and `sum` share
-            // its storage.
-            Op::Add {
-                residual, delta, ..
+            Op::SwiGlu {
+                x,
+                gate_up_weight,
+                gate_up,
+                gated,
+                down_weight,
+                sum,
+                ..
             } => {
-                let [d_residual, d_delta] = gradients.get([residual, delta])?;
-                cast::forward(d_residual, d_delta)
+                let [d_x, d_gate_up] = gradients.get([x, gate_up])?;
+                let d_sum = stream.branch();
+                self.weight_gradient(d_sum, gated, down_weight, sum, weight_gradients)?;
+                let [gate_up_out] = self.slots.get([gate_up])?;
+                let down = &self.weights[down_weight];
+                linear_swiglu::backward(d_sum, down, gate_up_out, d_gate_up, self.workspace)?;
+                self.lap("linear dgrad", sum);
+                self.weight_gradient(d_gate_up, x, gate_up_weight, gate_up, weight_gradients)?;
+                let weight = &self.weights[gate_up_weight];
+                linear::backward_input(d_gate_up, weight, d_x, self.workspace)?;
+                self.lap("linear dgrad", gate_up);
             }
         }
+        Ok(())
     }
 
-    fn rotated_heads(&mut self, qkv: Slot) -> Result<Tensor, Error> {
-        let [qkv] = self.slots.get([qkv])?;
-        rotated_heads(qkv, self.heads)
+    /// `weight_gradient += d_yᵀ · x`, if the weight is trained. `y` names what was computed.
+    fn weight_gradient(
+        &mut self,
+        d_y: &Tensor,
+        x: Slot,
+        weight: usize,
+        y: Slot,
+        weight_gradients: &mut [Option<Tensor>],
+    ) -> Result<(), Error> {
+        if let Some(d_weight) = weight_gradients[weight].as_mut() {
+            let [x] = self.slots.get([x])?;
+            linear::backward_weight(d_y, x, d_weight, self.workspace)?;
+            self.lap("linear wgrad", y);
+        }
+        Ok(())
+    }
+}
+
+/// How query and key heads are rotated.
+fn rotation<'t>(table: &'t RopeTable, batch: &'t Batch, heads: Heads) -> linear_rope::Rotation<'t> {
+    linear_rope::Rotation {
+        table,
+        positions: &batch.positions,
+        heads: (heads.query + heads.key) as usize,
     }
 }
 
@@ -198,14 +265,6 @@ fn attention_inputs<'t>(
         documents: &batch.documents,
         scale: 1.0 / (heads.width as f64).sqrt(),
     }
-}
-
-/// The query and key heads of a fused projection, `[tokens, heads, head_dim]`.
-fn rotated_heads(qkv: &Tensor, heads: Heads) -> Result<Tensor, Error> {
-    let all = qkv
-        .f_view([-1, heads.query + 2 * heads.key, heads.width])
-        .map_err(torch)?;
-    all.f_narrow(1, 0, heads.query + heads.key).map_err(torch)
 }
 
 fn projections(qkv: &Tensor, batch: &Batch, heads: Heads) -> Result<Projections, Error> {

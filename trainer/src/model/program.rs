@@ -6,8 +6,8 @@ pub type Slot = usize;
 /// What a slot holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SlotKind {
-    /// The residual stream, `[tokens, width]` in the residual dtype. All residual slots share one
-    /// gradient, which flows through the block in place.
+    /// The residual stream, `[tokens, width]` in the residual dtype. Its gradient flows through all
+    /// blocks in place and belongs to none.
     Residual,
     /// An activation, `[tokens, width]` in the compute dtype.
     Compute,
@@ -43,17 +43,12 @@ pub enum Op {
         /// 1 / rms per token, out.
         rstd: Slot,
     },
-    /// `y = x · weightᵀ`.
-    Linear {
+    /// `qkv = x · weightᵀ`, query and key heads rotated.
+    LinearRope {
         /// Activation in.
         x: Slot,
         /// `[out, in]`.
         weight: usize,
-        /// Activation out.
-        y: Slot,
-    },
-    /// Rotates the query and key heads of the fused projection in place.
-    Rope {
         /// `[tokens, (query heads + 2 · key heads) · head_dim]`.
         qkv: Slot,
     },
@@ -66,49 +61,35 @@ pub enum Op {
         /// Log-sum-exp of the scores per query head, out.
         log_sum_exp: Slot,
     },
-    /// `y = silu(gate) · up`, where the input holds gate, then up.
-    SwiGlu {
-        /// `[tokens, 2 · width]`.
-        gate_up: Slot,
-        /// Activation out.
-        y: Slot,
-    },
-    /// `sum = residual + delta`.
-    Add {
+    /// `sum = residual + x · weightᵀ`: the end of a branch.
+    LinearAdd {
+        /// Activation in.
+        x: Slot,
+        /// `[out, in]`.
+        weight: usize,
         /// Residual stream in.
         residual: Slot,
-        /// What the sub-block adds to it.
-        delta: Slot,
         /// Residual stream out.
         sum: Slot,
     },
-}
-
-impl Op {
-    /// What it is called, and its gradient. That of a linear operation is the one of its input; the
-    /// one of its weight is a product of its own.
-    pub(super) fn names(&self) -> (&'static str, &'static str) {
-        match self {
-            Self::RmsNorm { .. } => ("rms_norm", "rms_norm backward"),
-            Self::Linear { .. } => ("linear", "linear dgrad"),
-            Self::Rope { .. } => ("rope", "rope backward"),
-            Self::Attention { .. } => ("attention", "attention backward"),
-            Self::SwiGlu { .. } => ("swiglu", "swiglu backward"),
-            Self::Add { .. } => ("add", "add backward"),
-        }
-    }
-
-    /// The slot that it writes for others to read.
-    pub(super) fn result(&self) -> Slot {
-        match *self {
-            Self::RmsNorm { y, .. }
-            | Self::Linear { y, .. }
-            | Self::Attention { y, .. }
-            | Self::SwiGlu { y, .. } => y,
-            Self::Rope { qkv } => qkv,
-            Self::Add { sum, .. } => sum,
-        }
-    }
+    /// `sum = residual + (silu(gate) · up) · downᵀ` with `[gate, up] = x · gate_upᵀ`: a branch whose
+    /// two products are computed backwards together.
+    SwiGlu {
+        /// Activation in.
+        x: Slot,
+        /// Weight `[2 · inner, in]`, gate first, then up.
+        gate_up_weight: usize,
+        /// `[tokens, 2 · inner]`.
+        gate_up: Slot,
+        /// `silu(gate) · up`, `[tokens, inner]`.
+        gated: Slot,
+        /// Weight `[out, inner]`.
+        down_weight: usize,
+        /// Residual stream in.
+        residual: Slot,
+        /// Residual stream out.
+        sum: Slot,
+    },
 }
 
 /// The operations of a block in the order of the forward pass.

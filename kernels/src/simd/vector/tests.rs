@@ -55,6 +55,46 @@ fn exp2_is_accurate_and_flushes_what_is_tiny() {
 }
 
 per_level! {
+fn exp_of[S](simd: S, x: &[f32; WIDTH], to: &mut [f32; WIDTH]) {
+    let y = simd.exp(simd.load(x));
+    simd.store(y, to);
+}
+}
+
+fn check_exp<S: Simd>(simd: S) {
+    let exp = |x: f32| {
+        let mut y = [f32::NAN; WIDTH];
+        exp_of(simd, &[x; WIDTH], &mut y);
+        assert!(y.iter().all(|other| other.to_bits() == y[0].to_bits()));
+        y[0]
+    };
+    let mut x = -69.0f32;
+    let mut worst = 0f64;
+    while x <= 87.9 {
+        worst = worst.max((f64::from(exp(x)) / f64::from(x).exp() - 1.0).abs());
+        x += 0.001_953_125;
+    }
+    assert!(worst < 2e-7, "{:?}: relative error {worst:e}", S::LEVEL);
+    for x in [
+        -70.0,
+        -88.0,
+        -111.0,
+        -1e4,
+        -1e30,
+        f32::MIN,
+        f32::NEG_INFINITY,
+    ] {
+        assert_eq!(exp(x), 0.0, "{:?}: e^{x}", S::LEVEL);
+    }
+    assert!((f64::from(exp(0.0)) - 1.0).abs() < 1e-7 && exp(f32::NAN).is_nan());
+}
+
+#[test]
+fn exp_is_accurate_to_fp32() {
+    at_every_level!(check_exp);
+}
+
+per_level! {
 fn moves[S](simd: S, rows: &[[f32; WIDTH]; WIDTH], turned: &mut [[f32; WIDTH]; WIDTH],
             paired: &mut [[f32; WIDTH]; 2], pairs: &mut [bf16; 2 * WIDTH], rounded: &mut [f32; WIDTH], one: &mut [bf16; WIDTH]) {
     let rows: [S::F; WIDTH] = std::array::from_fn(|i| simd.load(&rows[i]));
