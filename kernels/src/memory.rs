@@ -1,4 +1,4 @@
-//! Bytes that libtorch's CPU tensors occupy, now and at their peak.
+//! Bytes that libtorch's CPU tensors occupy, now and at their peak; huge pages for the large ones.
 //!
 //! libtorch keeps such statistics for CUDA only, so the shim puts a counting allocator in front of
 //! its own. The counts belong to the whole process: ranks that are threads of one process share
@@ -28,7 +28,8 @@ unsafe extern "C" {
     fn oxitron_memory_reset_peak();
 }
 
-/// Counts every CPU allocation of libtorch from now on. Further calls do nothing.
+/// Counts every CPU allocation of libtorch from now on, and asks the system to put large blocks
+/// (4 MiB and more) into huge pages. Further calls do nothing.
 ///
 /// Call it before the first tensor is made: libtorch's allocator table is not guarded against a
 /// change while another thread allocates.
