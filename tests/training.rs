@@ -122,6 +122,34 @@ fn a_stage_that_got_longer_goes_on() {
     assert_same_bits(&fixture, "calm", "longer", 11);
 }
 
+/// A run that moves to a processor with fewer instructions goes on and says so.
+#[test]
+fn another_choice_of_the_machine_is_an_event() {
+    let fixture = Fixture::new();
+    let config = fixture.config(ONE_STAGE);
+    train(&config, &[]).done();
+    let longer = ["--allow-config-change", "--set", "stage.0.steps=12"];
+    let arguments = [&["train", config.to_str().unwrap()], &longer[..]].concat();
+    start_with(&arguments, &[("OXITRON_SIMD", "portable")])
+        .wait()
+        .done();
+    let changed = events(&fixture.run_dir(), "choice_changed");
+    let of = |choice: &str| changed.iter().find(|event| event["choice"] == choice);
+    let Some(simd) = of("simd") else {
+        let manifest = fixture
+            .run_dir()
+            .join("checkpoints/step-00000006/manifest.json");
+        let manifest: serde_json::Value =
+            serde_json::from_slice(&fs::read(manifest).unwrap()).unwrap();
+        assert_eq!(manifest["choices"]["simd"], "portable");
+        println!("skipped: this processor has the portable instructions alone");
+        return;
+    };
+    assert_eq!(simd["after"], "portable");
+    assert_eq!(of("products").unwrap()["after"], "libtorch");
+    assert!(of("dtype").is_none(), "it is kept");
+}
+
 #[test]
 fn stages_switch_by_themselves_with_a_checkpoint_and_validation() {
     let fixture = Fixture::new();

@@ -24,6 +24,7 @@
 
 mod abandon;
 mod bad_steps;
+mod choices;
 mod control;
 mod error;
 mod feed;

@@ -1,14 +1,16 @@
 //! Opening a run: a new one with initial values, or one that has begun from its newest checkpoint.
 
 use oxitron_data::{Dataset, DatasetSpec, SourceSpec};
-use oxitron_kernels::{Threads, memory, simd};
+use oxitron_kernels::{Threads, memory, product::Engine, simd};
 use tch::Device;
 
 use super::{
-    RunError, control,
+    RunError,
+    choices::choose_dtype,
+    control,
     folder::RunFolder,
     origin::Origin,
-    plan::{RunPlan, dtype_name, dtype_of_this_machine, kind, wire},
+    plan::{RunPlan, dtype_name, kind, wire},
     progress::Progress,
     ranks::Ranks,
     restore::{initial_values, read_state, set_aside, weights_alone},
@@ -131,6 +133,7 @@ impl<'a> Trainer<'a> {
                 difference,
             });
         }
+        trainer.tell_changed_choices(&origin);
         trainer.take_changed_data(data_change);
         for (step, reason) in rejected {
             trainer.reject(step, reason);
@@ -146,10 +149,11 @@ impl<'a> Trainer<'a> {
         let (mesh, traffic) = (&self.plan.layout.mesh, &figures.traffic);
         let shown = |count: usize| bytes(count as u64);
         tracing::info!(
-            "{} parameters, {} ({}) on {} ranks: zero_stage {}, {} shard groups of {}",
+            "{} parameters, {} ({}, products {}) on {} ranks: zero_stage {}, {} shard groups of {}",
             grouped(self.plan.units.parameters() as u64),
             dtype_name(self.dtype),
             simd::level().name(),
+            Engine::of(kind(self.dtype)),
             self.ranks.ranks,
             self.config.parallel.zero_stage,
             mesh.replicate,
@@ -342,25 +346,6 @@ fn identify(
         _ => format!("{}-{began:016x}", config.run.name),
     };
     Ok((run_id, attempt as u32, began))
-}
-
-/// The dtype of weights and activations: what the configuration says; for `auto` what the run began
-/// with, or else what the leader's processor does fast. All ranks compute alike.
-fn choose_dtype(config: &Config, ranks: &Ranks, origin: &Origin) -> Result<Dtype, RunError> {
-    let recorded = origin.recorded("dtype");
-    let [bf16] = ranks.leaders_choice(|| {
-        let choose = || match recorded.as_deref() {
-            Some("bf16") => Dtype::Bf16,
-            Some(_) => Dtype::Fp32,
-            None => {
-                let (dtype, reason) = dtype_of_this_machine();
-                tracing::info!("dtype auto: {reason}");
-                dtype
-            }
-        };
-        Ok([u64::from(config.model.dtype.resolve(choose) == Dtype::Bf16)])
-    })?;
-    Ok(if bf16 == 1 { Dtype::Bf16 } else { Dtype::Fp32 })
 }
 
 /// Opens the data: the leader first, since it may have to build the lock. A run that goes on sees

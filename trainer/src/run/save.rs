@@ -4,12 +4,10 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use oxitron_kernels::simd;
-
 use super::{
     RunError,
+    choices::choices,
     control::Flags,
-    plan::dtype_name,
     saver::{CommitJob, PartError, SaveJob, Saved, spec},
     trainer::Trainer,
 };
@@ -161,11 +159,7 @@ impl Trainer<'_> {
             attempt: self.attempt,
             parent: self.parent.clone(),
             dataset_lock: Some(self.dataset.fingerprint().to_owned()),
-            choices: [
-                ("dtype".to_owned(), dtype_name(self.dtype).into()),
-                ("simd".to_owned(), simd::level().name().into()),
-            ]
-            .into(),
+            choices: choices(self.dtype),
             config: self.config.resolved_toml()?,
             special_tokens: SpecialTokens {
                 eos: vec![self.dataset.eos_id()],
