@@ -29,19 +29,16 @@ fn expect(found: &Value, figures: &[(&str, Value)]) {
     }
 }
 
-/// Elements that the workspace of a micro-batch of 64 tokens holds, but for attention's.
-const WORKSPACE: usize = 64 + 64 * 512 + 64 * 64;
-
-/// Bytes that attention takes of the workspace: they depend on this machine's caches.
-fn attention_bytes(config: &Path) -> usize {
+/// Bytes of the workspace of a micro-batch: they depend on this machine's caches and cores.
+fn workspace_bytes(config: &Path) -> usize {
     let found = json_of(config, &[]);
     let workspace = &found["stages"][0]["activations_workspace_bytes"];
-    workspace.as_u64().unwrap() as usize - 4 * WORKSPACE
+    workspace.as_u64().unwrap() as usize
 }
 
-/// So many bytes more than attention takes, as an argument.
-fn beside_attention(config: &Path, bytes: usize) -> String {
-    format!("{}KiB", (attention_bytes(config) + bytes) >> 10)
+/// So many bytes more than the workspace takes, as an argument.
+fn beside_workspace(config: &Path, bytes: usize) -> String {
+    format!("{}KiB", (workspace_bytes(config) + bytes) >> 10)
 }
 
 /// Elements of all units, each matrix padded to 128: embedding and head of 512 · 64, two blocks of
@@ -72,11 +69,12 @@ fn two_shard_groups_of_two_hold_and_send_what_the_formulas_say() {
     // Elements per token: what a block keeps of activations, the residual stream and statistics.
     let (kept, statistics, hidden) = (64 + 128 + 64 + 64 + 352 + 176, 1 + 4 + 1, 64);
     let block = kept + hidden + statistics;
-    let gradients = kept + 2 * hidden + hidden;
-    let shared = 2 * hidden + gradients + 2 * hidden + 1;
-    let attention = attention_bytes(&config);
-    let without = 4 * (64 * (3 * hidden + 2 * block + shared) + WORKSPACE) + attention;
-    let with = 4 * (64 * (3 * hidden + block + shared) + WORKSPACE) + attention;
+    // The gradient of the activation is never stored; that of the residual stream is.
+    let gradients = kept - 176 + hidden;
+    let shared = gradients + 2 * hidden + 1;
+    let workspace = workspace_bytes(&config);
+    let without = 4 * 64 * (3 * hidden + 2 * block + shared) + workspace;
+    let with = 4 * 64 * (3 * hidden + block + shared) + workspace;
     expect(
         &found["stages"][0],
         &[
@@ -137,7 +135,7 @@ fn a_cluster_gives_memory_and_times() {
     // One sample is all that a rank has to compute in a step.
     assert_eq!(stage["largest_micro_batch_without_recompute"], 1);
     assert_eq!(stage["fits"], true);
-    let memory = beside_attention(&config, 5 << 20);
+    let memory = beside_workspace(&config, 5 << 20);
     let direct = ["--set", "checkpoint.async=false", "--memory", &memory];
     let alone = json_of(&config, &[&["--cluster", &cluster], &direct[..]].concat());
     let stage = &alone["stages"][0];
@@ -240,7 +238,8 @@ fn what_cannot_run_is_refused() {
     )
     .refused(2, &["which has 3 ranks here"]);
     let direct = ["--set", "checkpoint.async=false"];
-    let [three, four, nine] = [3, 4, 9].map(|mib| beside_attention(&config, mib << 20));
+    let beside = |kib: usize| beside_workspace(&config, kib << 10);
+    let [three, four, some] = [3 << 10, 4 << 10, 8900].map(beside);
     plan(&config, &[&["--memory", &three], &direct[..]].concat()).refused(
         2,
         &[
@@ -251,7 +250,7 @@ fn what_cannot_run_is_refused() {
     );
     plan(&config, &["--memory", &four])
         .refused(2, &["fit: checkpoint.async = false (", "2 ranks ("]);
-    let deep = ["--set", "model.num_layers=12", "--memory", &nine];
+    let deep = ["--set", "model.num_layers=12", "--memory", &some];
     plan(&config, &[&["--ranks", "2"], &deep[..], &direct].concat())
         .refused(2, &["what would fit: zero_stage = 2 (", "4 ranks ("]);
     plan(&config, &["--memory", "1MiB"]).refused(2, &["it takes more memory or a smaller model"]);

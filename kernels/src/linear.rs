@@ -113,17 +113,8 @@ pub fn backward_weight(
     })
 }
 
-/// What a layer with `w: [o, i]` of `kind` takes from the workspace for `n` rows, forwards and
-/// backwards.
-pub fn plan(workspace: &mut WorkspacePlan, kind: Kind, n: usize, [o, i]: [usize; 2]) {
-    if Engine::of(kind) == Engine::Libtorch {
-        return libtorch::plan(workspace, kind, [o, i]);
-    }
-    product::plan(workspace, kind, [n, i], Columns::Any(o));
-    plan_backward(workspace, kind, n, [o, i]);
-}
-
-/// [`plan`] of the backward pass alone.
+/// What [`backward_input`] and [`backward_weight`] take from the workspace for `n` rows and `w: [o, i]`
+/// of `kind`.
 pub fn plan_backward(workspace: &mut WorkspacePlan, kind: Kind, n: usize, [o, i]: [usize; 2]) {
     if Engine::of(kind) == Engine::Libtorch {
         return libtorch::plan(workspace, kind, [o, i]);

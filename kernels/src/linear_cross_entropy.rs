@@ -14,7 +14,7 @@ use tch::{Kind, Tensor};
 use crate::error::torch;
 use crate::float::with_float;
 use crate::linear::{self, PackedWeight};
-use crate::sys::operands::{Operands, check_device, check_kind, check_shape, sizes};
+use crate::sys::operands::{Operands, check_device, sizes};
 use crate::{Error, Workspace, WorkspacePlan};
 use softmax::Tokens;
 
@@ -111,7 +111,10 @@ pub fn logits(
 pub fn plan(workspace: &mut WorkspacePlan, kind: Kind, n: usize, [v, h]: [usize; 2], chunk: usize) {
     workspace.take(LOSSES, &[n], Kind::Float);
     workspace.take(LOGITS, &[n.min(chunk), v], kind);
-    linear::plan_packed(workspace, kind, n.min(chunk), [v, h]);
+    // The last chunk may be a shorter one, whose blocks are cut otherwise.
+    for rows in [n.min(chunk), n % chunk.max(1)] {
+        linear::plan_packed(workspace, kind, rows, [v, h]);
+    }
 }
 
 fn run(
@@ -135,17 +138,18 @@ fn run(
     let wants_gradients = gradients.is_some();
     let mut gradients = gradients.unwrap_or_default();
     // Everything is checked before the first write: a bad target must not leave half a gradient.
-    check_kind(OP, "w", inputs.w, kind)?;
-    check_shape(OP, "w", inputs.w, &[v, h])?;
-    if let Some(dx) = &gradients.dx {
-        check_kind(OP, "dx", dx, kind)?;
-        check_shape(OP, "dx", dx, &[n, h])?;
-    }
-    if let Some(dw) = &gradients.dw {
-        check_kind(OP, "dw", dw, Kind::Float)?;
-        check_shape(OP, "dw", dw, &[v, h])?;
-    }
     let mut operands = Operands::new(OP);
+    with_float!(OP, "x", inputs.x => T: {
+        operands.read_matrix::<T>("x", inputs.x, [n, h])?;
+        operands.read_matrix::<T>("w", inputs.w, [v, h])?;
+        if let Some(dx) = gradients.dx.as_deref_mut() {
+            operands.write_matrix::<T>("dx", dx, [n, h])?;
+        }
+        if let Some(dw) = gradients.dw.as_deref_mut() {
+            operands.write::<f32>("dw", dw, &[v, h])?;
+        }
+        Ok(())
+    })?;
     let targets = operands.read::<i64>("targets", inputs.targets, &[n])?;
     let weights = inputs
         .weights

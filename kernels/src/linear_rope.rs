@@ -64,6 +64,9 @@ pub fn forward(
 pub fn backward(rotation: &Rotation<'_>, dqkv: &mut Tensor) -> Result<(), Error> {
     let [n, o] = sizes(BACKWARD, "dqkv", dqkv)?;
     heads(BACKWARD, rotation, o)?;
+    with_float!(BACKWARD, "dqkv", dqkv => T: {
+        Operands::new(BACKWARD).write::<T>("dqkv", dqkv, &[n, o]).map(drop)
+    })?;
     let d = rotation.table.head_dim();
     let mut turned = dqkv
         .f_view([n as i64, (o / d) as i64, d as i64])

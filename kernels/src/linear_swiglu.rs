@@ -30,7 +30,8 @@ pub fn forward(
     workspace: &mut Workspace,
 ) -> Result<(), Error> {
     let [n, h] = sizes(FORWARD, "x", x)?;
-    let [_, i] = sizes(FORWARD, "y", y)?;
+    let [rows, _] = sizes(FORWARD, "w", w)?;
+    let i = rows / 2;
     with_float!(FORWARD, "x", x => T: {
         let mut operands = Operands::new(FORWARD);
         let product = Product::Forward(

@@ -21,9 +21,9 @@ pub struct Bf16Preference {
 /// Decides between bf16 and fp32 for training on this CPU.
 ///
 /// The decision follows processor features, not a measurement, so that the same machine always
-/// decides alike: libtorch multiplies bf16 matrices natively where the processor has AVX512-BF16
-/// (with AMX as well, many times faster) and emulates them otherwise, slower than fp32. Measured
-/// on Zen 4, which has AVX512-BF16 without AMX: 430 GFLOP/s in bf16 against 190 in fp32.
+/// decides alike: matrices of bf16 are multiplied natively where the processor has AVX512-BF16 (with
+/// AMX as well, many times faster); elsewhere they are widened or emulated, no faster than fp32.
+/// Measured on Zen 4, which has AVX512-BF16 without AMX: 430 GFLOP/s in bf16 against 210 in fp32.
 pub fn cpu_prefers_bf16() -> Bf16Preference {
     let (prefer, reason) = if !has_avx512_bf16() {
         (

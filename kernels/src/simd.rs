@@ -232,23 +232,6 @@ pub fn sum3<A: Copy, B: Copy, C: Copy>(
     fold(lanes, |a, b| a + b)
 }
 
-/// `max f(x)` over a slice, or negative infinity; a NaN is passed over.
-#[inline(always)]
-pub fn max<A: Copy>(x: &[A], f: impl Fn(A) -> f32) -> f32 {
-    let greater = |a: f32, b: f32| if b > a { b } else { a };
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    let (chunks, rest) = x.as_chunks::<LANES>();
-    for chunk in chunks {
-        for lane in 0..LANES {
-            lanes[lane] = greater(lanes[lane], f(chunk[lane]));
-        }
-    }
-    for (lane, &x) in rest.iter().enumerate() {
-        lanes[lane] = greater(lanes[lane], f(x));
-    }
-    fold(lanes, greater)
-}
-
 #[inline(always)]
 fn fold(mut lanes: [f32; LANES], combine: impl Fn(f32, f32) -> f32) -> f32 {
     let mut half = LANES / 2;
@@ -344,7 +327,5 @@ mod tests {
         // The portable level, since this function is compiled without features.
         let portable = sum(&x, exp);
         assert_eq!(total(&x).to_bits(), portable.to_bits(), "{:?}", level());
-        assert_eq!(max(&x, |x| x), x.iter().copied().fold(f32::MIN, f32::max));
-        assert_eq!(max(&[0f32; 0], |x| x), f32::NEG_INFINITY);
     }
 }

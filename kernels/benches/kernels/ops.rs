@@ -9,8 +9,8 @@ use oxitron_kernels::linear_cross_entropy as loss;
 use oxitron_kernels::linear_rope::Rotation;
 use oxitron_kernels::product::{Engine, with_engine};
 use oxitron_kernels::{
-    DocumentStarts, Error, RopeTable, Workspace, adamw, cast, embedding, linear, linear_add,
-    linear_rope, linear_swiglu, norm, rms_norm,
+    DocumentStarts, Error, RopeTable, Workspace, adamw, embedding, linear, linear_add, linear_rope,
+    linear_swiglu, norm, rms_norm,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -70,7 +70,6 @@ pub fn measure_all(bench: &mut Bench) -> Result<(), Error> {
         }
         norms(bench, kind)?;
         rotation(bench, kind)?;
-        residual(bench, kind)?;
         embed(bench, kind)?;
         optimizer(bench, kind)?;
     }
@@ -359,18 +358,6 @@ fn rotation(bench: &mut Bench, kind: Kind) -> Result<(), Error> {
         heads: turned as usize,
     };
     bench.measure(op, || linear_rope::backward(&rotation, &mut dqkv))
-}
-
-/// What is left of the residual stream's sums: the first gradient of a branch, which is a cast.
-fn residual(bench: &mut Bench, kind: Kind) -> Result<(), Error> {
-    if !bench.wants(&["cast"]) {
-        return Ok(());
-    }
-    let (bytes, h) = (4.0 + size(kind), SMALL.hidden);
-    let n = bench.rows_of(6 * h);
-    let (stream, mut rounded) = (random(&[n, h], Kind::Float), random(&[n, h], kind));
-    let op = moving("cast", [n, h], kind, bytes, Floor::Triad);
-    bench.measure(op, || cast::forward(&stream, &mut rounded))
 }
 
 fn embed(bench: &mut Bench, kind: Kind) -> Result<(), Error> {

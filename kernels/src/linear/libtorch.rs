@@ -33,16 +33,6 @@ pub enum WeightGradient {
     OneDnn,
 }
 
-impl std::fmt::Display for WeightGradient {
-    /// The name under which a run records the choice.
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            WeightGradient::Mkl => "mkl",
-            WeightGradient::OneDnn => "onednn",
-        })
-    }
-}
-
 impl WeightGradient {
     /// The way taken on this machine: decided once by processor and library, not by a measurement
     /// that could come out differently in the next run.
@@ -68,7 +58,7 @@ pub(super) fn forward(x: &Tensor, w: &Tensor, y: &mut Tensor) -> Result<(), Erro
     product().map(drop).map_err(torch(super::FORWARD))
 }
 
-/// `dx = dy·w`, or `dx += dy·w`
+/// `dx = dy·w`
 pub(super) fn backward_input(dy: &Tensor, w: &Tensor, dx: &mut Tensor) -> Result<(), Error> {
     let product = dy.f_mm_out(dx, w);
     product.map(drop).map_err(torch(super::BACKWARD_INPUT))

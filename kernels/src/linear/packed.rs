@@ -74,7 +74,10 @@ impl<'a> PackedWeight<'a> {
         workspace: &mut Workspace,
     ) -> Result<(), Error> {
         match &self.forward {
-            Some(packed) => multiply(FORWARD, ["x", "y"], x, packed, y, workspace),
+            Some(packed) => {
+                let [o, i] = sizes(FORWARD, "w", self.w)?;
+                multiply((FORWARD, "x", "y"), (x, y), (packed, [i, o]), workspace)
+            }
             None => forward(x, self.w, y, workspace),
         }
     }
@@ -90,28 +93,33 @@ impl<'a> PackedWeight<'a> {
         workspace: &mut Workspace,
     ) -> Result<(), Error> {
         match &self.backward {
-            Some(packed) => multiply(BACKWARD_INPUT, ["dy", "dx"], dy, packed, dx, workspace),
+            Some(packed) => {
+                let size = sizes(BACKWARD_INPUT, "w", self.w)?;
+                multiply(
+                    (BACKWARD_INPUT, "dy", "dx"),
+                    (dy, dx),
+                    (packed, size),
+                    workspace,
+                )
+            }
             None => backward_input(dy, self.w, dx, workspace),
         }
     }
 }
 
-/// `c = a · packed`, by the names of a and c.
+/// `c = a · packed`, of an operation that calls them so; packed is B of `[k, columns]`.
 fn multiply(
-    op: &'static str,
-    [a_name, c_name]: [&'static str; 2],
-    a: &Tensor,
-    packed: &Tensor,
-    c: &mut Tensor,
+    (op, a_name, c_name): (&'static str, &'static str, &'static str),
+    (a, c): (&Tensor, &mut Tensor),
+    (packed, [k, columns]): (&Tensor, [usize; 2]),
     workspace: &mut Workspace,
 ) -> Result<(), Error> {
-    let [n, k] = sizes(op, a_name, a)?;
-    let [_, count] = sizes(op, c_name, c)?;
+    let [n, _] = sizes(op, a_name, a)?;
     with_float!(op, a_name, a => T: {
         let mut operands = Operands::new(op);
         let a = Input::<T>::new(&mut operands, a_name, a, [n, k])?;
-        let store = Store(target::<T>(&mut operands, c_name, c, [n, count])?);
-        let packed = Packed::new(as_slice(packed)?, k, Columns::Any(count));
+        let store = Store(target::<T>(&mut operands, c_name, c, [n, columns])?);
+        let packed = Packed::new(as_slice(packed)?, k, Columns::Any(columns));
         product::multiply_packed(a, packed, &store, workspace)
     })
 }
@@ -120,7 +128,7 @@ fn multiply(
 /// at a time.
 pub(crate) fn plan(workspace: &mut WorkspacePlan, kind: Kind, n: usize, [o, i]: [usize; 2]) {
     if Engine::of(kind) == Engine::Libtorch {
-        return super::plan(workspace, kind, n, [o, i]);
+        return super::plan_backward(workspace, kind, n, [o, i]);
     }
     let len = |k, columns| match kind {
         Kind::BFloat16 => matmul::packed_len::<half::bf16>(k, columns),

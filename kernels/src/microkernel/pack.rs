@@ -1,7 +1,7 @@
 //! From rows in memory to the operands of products, and from sums back to rows.
 //!
-//! A source is `n` rows of `d` numbers in T, [`Strided`] apart. Four packed forms are enough for
-//! attention, all padded with zeros so that products need no edges:
+//! A source is `n` rows of `d` numbers in T, [`Strided`] apart. Four packed forms are enough,
+//! all padded with zeros so that products need no edges:
 //!
 //! | function | operand | holds |
 //! |---|---|---|
@@ -10,8 +10,8 @@
 //! | [`panels`] | B `[n × d]` | the rows, in panels of sixteen columns |
 //! | [`turned_panels`] | B `[d × n]` | the transpose, in panels of sixteen source rows |
 //!
-//! Dense copies are made even where a source could be read in place: rows of a head lie a power of
-//! two apart in many models, and then all of them fall into the same few sets of L1.
+//! Attention makes dense copies even of rows that could be read in place: those of a head lie a power
+//! of two apart in many models, and then all of them fall into the same few sets of L1.
 //!
 //! Loops over a square have constant bounds and a test inside: the compiler unrolls those and keeps
 //! the square in registers.

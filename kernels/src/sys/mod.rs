@@ -5,7 +5,7 @@
 //!   themselves need no `unsafe`;
 //! * [`operands`]: tensors become slices here, after their device, dtype, shape, layout and overlap
 //!   have been checked;
-//! * [`scratch`]: one buffer cut into typed areas by a plan that needs no memory;
+//! * `scratch`: one buffer cut into typed areas by a plan that needs no memory;
 //! * [`caches`]: how large they are;
 //! * [`stacks`]: how a thread is made to tell where it is, whatever it is doing;
 //! * [`priority`]: threads that give way to those that compute;

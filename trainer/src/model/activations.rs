@@ -135,9 +135,10 @@ impl Activations {
         for (index, slot) in program.slots.iter().enumerate() {
             let is_shared = program.storage(index, recompute) == Storage::Shared;
             shared.push(is_shared.then(|| for_slot(slot)).transpose()?);
-            gradients.push(match slot.kind {
-                SlotKind::Compute => allocate(slot.width, precision.compute)?,
-                SlotKind::Residual | SlotKind::Statistic => statistic(0)?,
+            gradients.push(if slot.has_gradient {
+                allocate(slot.width, precision.compute)?
+            } else {
+                statistic(0)?
             });
         }
 

@@ -111,7 +111,7 @@ impl Count {
     fn slot_gradients(&self) -> usize {
         let slots = self.program.slots.iter();
         slots
-            .filter(|slot| slot.kind == SlotKind::Compute)
+            .filter(|slot| slot.has_gradient)
             .map(|slot| self.slot(slot))
             .sum()
     }

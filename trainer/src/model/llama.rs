@@ -155,6 +155,7 @@ pub(super) fn block_program(model: &ModelConfig) -> Program {
             kind,
             width,
             kept,
+            has_gradient: kind == SlotKind::Compute,
         });
         slots.len() - 1
     };
@@ -173,6 +174,9 @@ pub(super) fn block_program(model: &ModelConfig) -> Program {
     let gated = slot("gated", Compute, model.intermediate_size, true);
     // The next block keeps it as its input.
     let output = slot("output", Residual, hidden, false);
+
+    // Its gradient turns into that of gate and up before it is stored.
+    slots[gated].has_gradient = false;
 
     let ops = vec![
         Op::RmsNorm {

@@ -27,6 +27,8 @@ pub struct SlotSpec {
     /// Whether the backward pass reads it: such a slot has storage of its own in every block, the
     /// others share theirs.
     pub kept: bool,
+    /// Whether the backward pass writes its gradient.
+    pub has_gradient: bool,
 }
 
 /// An operation over slots. `weight` is the index of a matrix in the block's unit.

@@ -59,7 +59,10 @@ pub(super) fn choose_dtype(
 impl Trainer<'_> {
     /// Tells what this machine chooses otherwise than the one that wrote the checkpoint.
     pub(super) fn tell_changed_choices(&mut self, origin: &Origin) {
-        for (choice, after) in choices(self.dtype) {
+        let mut now = choices(self.dtype);
+        // It follows the configuration, or what the run began with.
+        now.remove(DTYPE);
+        for (choice, after) in now {
             let after = after.as_str().unwrap_or_default().to_owned();
             let before = origin.recorded(&choice);
             if let Some(before) = before.filter(|before| *before != after) {

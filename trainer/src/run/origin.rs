@@ -100,7 +100,7 @@ impl Origin {
         }
     }
 
-    /// The choice of this name that the run made by measurement when it began.
+    /// The choice of this name that the checkpoint records.
     pub(super) fn recorded(&self, choice: &str) -> Option<String> {
         let Self::Resume(checkpoint) = self else {
             return None;
