@@ -145,6 +145,9 @@ impl Transport for Threads {
 
     fn test(&mut self, request: &mut Request) -> Result<bool, String> {
         let bytes = request.bytes;
+        // Looked at before the letter: a rank that takes the letter and leaves may do both between
+        // two looks, and the letter has then arrived all the same.
+        let departed = self.office.departed[request.peer].get();
         match &request.end {
             End::Send(state) => match state.load(Ordering::Acquire) {
                 TAKEN => return Ok(true),
@@ -173,7 +176,7 @@ impl Transport for Threads {
             }
         }
         // A rank leaves only after its letters were taken or withdrawn, so none can be missed here.
-        match self.office.departed[request.peer].get() {
+        match departed {
             Some(reason) => Err(format!("it has left the run: {reason}")),
             None => Ok(false),
         }
