@@ -5,7 +5,8 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup build demo clean-demo test torture check oracle peers bench bench-peers bench-overlap bench-save docs
+.PHONY: help setup build demo clean-demo test torture check oracle peers bench bench-lengths \
+	bench-peers bench-overlap bench-save docs
 
 CARGO_FLAGS := --release --locked
 have = $(shell command -v $(1) 2>/dev/null)
@@ -66,6 +67,9 @@ peers: ## PyTorch for bench-peers (5 GB, unless make oracle has brought it)
 bench: build ## where a step spends its time, and every kernel beside its floor
 	python3 -B tests/bench/kernels.py
 	python3 -B tests/bench/breakdown.py
+
+bench-lengths: build ## speed and memory of samples of 4k to 32k tokens
+	python3 -B tests/bench/lengths.py
 
 bench-peers: build peers ## a step beside eager and compiled PyTorch, two ranks beside DDP and FSDP2
 	folder=$$(tests/peers/setup.sh) && python="$$folder/venv/bin/python -B" && \
