@@ -226,7 +226,7 @@ pub fn scratch_len<T: Dtype>(shape: Shape) -> usize {
         where
             T: Operand<K::Element>,
         {
-            run::plan::<K::Element>(self.0, None).len
+            run::plan::<K>(self.0, None).len
         }
     }
     T::with_kernel(Len(shape))

@@ -238,6 +238,10 @@ pub trait Kernel: Copy + Send + Sync + 'static {
     /// State of the processor that products need; dropped when a thread is through with them.
     type Region;
 
+    /// Products of two numbers that a core adds up per cycle, at best. Sizes of blocks follow from
+    /// it.
+    const RATE: usize;
+
     /// The token of the vectors.
     fn simd(self) -> Self::Simd;
 

@@ -1,12 +1,9 @@
-//! Products of tensors: which engine multiplies, and the way into it.
+//! Products of tensors: the way into the engine that multiplies.
 //!
 //! A product is finished by an [`Epilogue`], which gets its sums in blocks. [`Engine::Own`] hands
 //! them over in fp32 while they lie in a near cache. [`Engine::Libtorch`] multiplies into a buffer
 //! in the compute dtype first (one more rounding under bf16), and the epilogue's pass over it
 //! follows.
-
-use std::cell::Cell;
-use std::sync::OnceLock;
 
 use half::bf16;
 use tch::{Kind, TchError, Tensor};
@@ -16,13 +13,17 @@ use crate::float::{Float, Operand, load_padded};
 use crate::matmul::{self, Block, Columns, Epilogue, Matrix, Packed, Right, Shape, Target};
 use crate::microkernel::pack::Strided;
 use crate::microkernel::{Dtype, Kernel, Visitor, head_mut};
-use crate::probe;
 use crate::simd::vector::{WIDTH, per_level};
-use crate::simd::{self, Level, level};
 use crate::sys::operands::{Operands, as_mut_slice, as_slice};
 use crate::sys::parallel::{Counter, parallel_split, threads};
 use crate::sys::split::Rows;
 use crate::{Error, Workspace, WorkspacePlan};
+
+mod engine;
+mod trial;
+
+pub use engine::{Engine, with_engine};
+pub use trial::Trial;
 
 /// Names of buffers: scratch of own products, a product by libtorch, blocks of it.
 const SCRATCH: &str = "product";
@@ -31,71 +32,6 @@ const SUMS: &str = "product.sums";
 
 /// Rows of a block of libtorch's product that goes to the epilogue.
 const ROWS: usize = 4;
-
-/// Who multiplies.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Engine {
-    /// [`crate::matmul`]. Same bits on any number of threads.
-    Own,
-    /// MKL for fp32 and oneDNN for bf16, through libtorch. They may cut long sums differently for
-    /// another number of threads.
-    Libtorch,
-}
-
-impl std::fmt::Display for Engine {
-    /// The name under which a run records the choice.
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Engine::Own => "own",
-            Engine::Libtorch => "libtorch",
-        })
-    }
-}
-
-thread_local! {
-    static FORCED: Cell<Option<Engine>> = const { Cell::new(None) };
-}
-
-impl Engine {
-    /// The faster one for a dtype on this processor, at the level in force. A rule made from
-    /// measurements, not a measurement: that could come out differently in the next run, and a run
-    /// with the same seed gives the same bits.
-    ///
-    /// Measured on Zen 4 (2 cores, 2048 tokens, the 24 products of two models by `cargo bench --bench
-    /// kernels`): in fp32 134–193 GFLOP/s by our own, 127–179 by libtorch, ours ahead by 8–47% in
-    /// all but two; in bf16 297–411 and 232–418, ours between 9% behind and 44% ahead, before the
-    /// passes over memory that only our own products save.
-    pub fn of(kind: Kind) -> Engine {
-        if let Some(forced) = FORCED.get() {
-            return forced;
-        }
-        let tiles = kind == Kind::BFloat16 && tiles_for_libtorch_alone();
-        if tiles || level() == Level::Portable {
-            Engine::Libtorch
-        } else {
-            Engine::Own
-        }
-    }
-}
-
-/// Whether the processor has AMX, but our own kernels keep off it because nobody asked for it.
-fn tiles_for_libtorch_alone() -> bool {
-    static ANSWER: OnceLock<bool> = OnceLock::new();
-    *ANSWER.get_or_init(|| probe::has_amx_bf16() && matches!(simd::requested(), Ok(None)))
-}
-
-/// Runs `body` with all products of this thread by one engine, for tests and measurements.
-pub fn with_engine<R>(engine: Engine, body: impl FnOnce() -> R) -> R {
-    /// Puts the former setting back, also when `body` panics.
-    struct Restore(Option<Engine>);
-    impl Drop for Restore {
-        fn drop(&mut self) {
-            FORCED.set(self.0);
-        }
-    }
-    let _restore = Restore(FORCED.replace(Some(engine)));
-    body()
-}
 
 /// A matrix that a product reads.
 #[derive(Clone, Copy)]

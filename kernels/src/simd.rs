@@ -31,7 +31,8 @@ pub enum Level {
     Avx512,
     /// The dot products of bf16 pairs (`vdpbf16ps`) of AVX-512 BF16.
     Avx512Bf16,
-    /// The tiles of AMX with bf16 products, as far as the kernel of the system grants them.
+    /// The tiles of AMX with bf16 products, where the kernel of the system grants them and a first
+    /// product comes out right.
     Amx,
 }
 
@@ -83,14 +84,11 @@ pub fn level() -> Level {
 
 /// The best level of this processor that `OXITRON_SIMD` allows, asked once. A value that is no
 /// level limits nothing; a program that wants to refuse it calls [`requested`] at its start.
-///
-/// AMX must be asked for: its blocking is tested on emulated tiles, its instructions have not run on
-/// a processor yet.
 fn allowed() -> Level {
     static LEVEL: OnceLock<Level> = OnceLock::new();
     *LEVEL.get_or_init(|| match requested() {
         Ok(Some(limit)) => detect().min(limit),
-        _ => detect().min(Level::Avx512Bf16),
+        _ => detect(),
     })
 }
 
@@ -132,10 +130,14 @@ fn detect() -> Level {
         Level::Avx2
     } else if !is_x86_feature_detected!("avx512bf16") {
         Level::Avx512
-    } else if !crate::microkernel::amx::available() {
-        Level::Avx512Bf16
     } else {
-        Level::Amx
+        // SAFETY: these instructions were just found.
+        let simd = unsafe { vector::Avx512::<true>::assume() };
+        if crate::microkernel::amx::available(simd) {
+            Level::Amx
+        } else {
+            Level::Avx512Bf16
+        }
     }
 }
 

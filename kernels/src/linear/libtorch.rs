@@ -34,6 +34,14 @@ pub enum WeightGradient {
 }
 
 impl WeightGradient {
+    /// The name under which a run records the choice.
+    pub fn name(self) -> &'static str {
+        match self {
+            WeightGradient::Mkl => "mkl",
+            WeightGradient::OneDnn => "onednn",
+        }
+    }
+
     /// The way taken on this machine: decided once by processor and library, not by a measurement
     /// that could come out differently in the next run.
     ///

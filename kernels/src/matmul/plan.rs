@@ -80,8 +80,14 @@ impl Cost {
 }
 
 impl<E: Element> Plan<E> {
-    /// `in_place` says that A needs no packing.
-    pub(super) fn new(shape: Shape, in_place: bool, threads: usize, caches: Caches) -> Self {
+    /// `in_place` says that A needs no packing, `rate` is that of the kernel.
+    pub(super) fn new(
+        shape: Shape,
+        in_place: bool,
+        threads: usize,
+        rate: usize,
+        caches: Caches,
+    ) -> Self {
         let Shape {
             rows, k, columns, ..
         } = shape;
@@ -89,7 +95,7 @@ impl<E: Element> Plan<E> {
         let units = columns.panels().div_ceil(unit);
         let cost = Cost {
             k: k as f64,
-            rate: (WIDTH * E::PER_WORD) as f64,
+            rate: rate as f64,
             size: size as f64,
             pack: !in_place,
         };
@@ -186,4 +192,61 @@ fn sizes(n: usize) -> impl Iterator<Item = usize> {
         part = (part + 1).max(part * 6 / 5).max(n.div_ceil(parts) + 1);
         Some(parts)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use super::*;
+
+    /// The share of its threads' time in which a product is computed, as the plan has it.
+    fn busy<E: Element>(size: [usize; 3], threads: usize, rate: usize) -> f64 {
+        let [rows, k, columns] = size;
+        let shape = Shape {
+            rows,
+            k,
+            columns: Columns::Any(columns),
+            packed: false,
+        };
+        let caches = Caches {
+            l1: 32 << 10,
+            l2: 1 << 20,
+        };
+        let plan = Plan::<E>::new(shape, true, threads, rate, caches);
+        let rounds = (plan.down * plan.across).div_ceil(threads);
+        (rows * columns) as f64 / (rounds * threads * plan.rows * plan.panels * WIDTH) as f64
+    }
+
+    #[test]
+    fn many_threads_find_enough_blocks_of_one_size() {
+        // Products of a small and of a wide model, 2048 tokens.
+        let sizes = [
+            [2048, 512, 768],
+            [2048, 512, 512],
+            [2048, 512, 2816],
+            [2048, 1408, 512],
+            [512, 2048, 512],
+            [2048, 2048, 3072],
+            [2048, 2048, 11008],
+            [2048, 5504, 2048],
+            [1024, 512, 32000],
+        ];
+        let mut least = 1f64;
+        for threads in 1..=96 {
+            for size in sizes {
+                for (name, busy) in [
+                    ("fp32", busy::<f32>(size, threads, 16)),
+                    ("bf16", busy::<half::bf16>(size, threads, 32)),
+                    ("tiles", busy::<half::bf16>(size, threads, 512)),
+                ] {
+                    least = least.min(busy);
+                    assert!(
+                        busy > 0.75,
+                        "{name} {size:?} on {threads} threads: {busy:.2}"
+                    );
+                }
+            }
+        }
+        println!("no number of threads is busy for less than {least:.2} of the time");
+    }
 }

@@ -25,9 +25,9 @@ fn in_place<'a, T: Float, E: Element>(a: Matrix<'a, T>) -> Option<(&'a [E], usiz
 }
 
 /// The plan of a product; without A, that of any A with the longest scratch.
-pub(super) fn plan<E: Element>(shape: Shape, in_place: Option<bool>) -> Plan<E> {
+pub(super) fn plan<K: Kernel>(shape: Shape, in_place: Option<bool>) -> Plan<K::Element> {
     let caches = Caches::of_this_machine();
-    let new = |in_place| Plan::new(shape, in_place, threads(), caches);
+    let new = |in_place| Plan::new(shape, in_place, threads(), K::RATE, caches);
     match in_place {
         Some(in_place) => new(in_place),
         None => {
@@ -86,7 +86,7 @@ where
         packed: matches!(b, Right::Packed(_)),
     };
     let team = threads();
-    let plan = plan::<K::Element>(shape, Some(a_in_place.is_some()));
+    let plan = plan::<K>(shape, Some(a_in_place.is_some()));
     let scratch = Scratch::new(OP, scratch, plan.len)?;
     let panels: &[K::Element] = match (plan.b, b) {
         (Panels::Given, Right::Packed(packed)) => packed.elements()?,

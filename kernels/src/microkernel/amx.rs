@@ -13,7 +13,7 @@
 use half::bf16;
 
 use super::{Kernel, Product};
-use crate::simd::vector::{Simd, WIDTH};
+use crate::simd::vector::{Avx512, Simd, WIDTH};
 
 /// Rows of a tile, and 32-bit words in a row.
 const TILE: usize = 16;
@@ -82,10 +82,16 @@ pub trait Unit: Copy + Send + Sync + 'static {
 
 /// Tiles of the processor.
 #[derive(Clone, Copy, Debug)]
-pub struct Hardware(crate::simd::vector::Avx512<true>);
+pub struct Hardware(Avx512<true>);
 
-/// Whether processor and system have AMX with bf16 products; asks the system for the tiles' state.
-pub fn available() -> bool {
+/// Whether processor and system have AMX with bf16 products, and they come out right. Asks the
+/// system for the tiles' state.
+pub fn available(simd: Avx512<true>) -> bool {
+    granted() && is_right(Tiles(Hardware(simd)))
+}
+
+/// Whether the processor has AMX with bf16 products, and the system lets this process use them.
+fn granted() -> bool {
     /// `arch_prctl` with `ARCH_REQ_XCOMP_PERM` for XTILEDATA.
     const REQUEST: libc::c_long = 0x1023;
     const TILE_DATA: libc::c_long = 18;
@@ -99,7 +105,7 @@ pub fn available() -> bool {
 }
 
 impl Unit for Hardware {
-    type Simd = crate::simd::vector::Avx512<true>;
+    type Simd = Avx512<true>;
 
     #[inline(always)]
     fn simd(self) -> Self::Simd {
@@ -167,7 +173,7 @@ impl Amx {
     /// The kernel, where the level in force has it.
     pub fn detect() -> Option<Amx> {
         let granted = crate::simd::level() >= crate::simd::Level::Amx;
-        let simd = crate::simd::vector::Avx512::detect()?;
+        let simd = Avx512::detect()?;
         granted.then_some(Tiles(Hardware(simd)))
     }
 }
@@ -185,6 +191,9 @@ impl<U: Unit> Kernel for Tiles<U> {
     type Simd = U::Simd;
     type Element = bf16;
     type Region = Region<U>;
+
+    // A product of tiles takes 16 cycles.
+    const RATE: usize = TILE * TILE * 2 * TILE / 16;
 
     #[inline(always)]
     fn simd(self) -> U::Simd {
@@ -351,6 +360,42 @@ impl<U: Unit> Block<U> {
     }
 }
 
+/// Whether a kernel multiplies right: tiles that are full and tiles that are not, written and added
+/// to. Whole numbers, so that every order of summation gives the same.
+fn is_right(kernel: impl Kernel<Element = bf16>) -> bool {
+    const ROWS: usize = TILE + 4;
+    const PANELS: usize = 3;
+    const K: usize = 2 * 2 * TILE + 6;
+    const WIDE: usize = PANELS * WIDTH;
+    let number = |i: usize| (i * 7 % 13) as f32 - 6.0;
+    let numbers = |len| (0..len).map(|i| bf16::from_f32(number(i)));
+    let a: Vec<bf16> = numbers(ROWS * K).collect();
+    let b: Vec<bf16> = numbers(K * WIDE).collect();
+    let mut c = vec![f32::NAN; ROWS * WIDE];
+    let _region = kernel.enter();
+    for add in [false, true] {
+        let product = Product {
+            rows: ROWS,
+            panels: PANELS,
+            k: K,
+            a_row: K,
+            b_panel: K * WIDTH,
+            c_row: WIDE,
+            add,
+        };
+        kernel.multiply(product, &a, &b, &mut c);
+    }
+    c.iter().enumerate().all(|(at, &twice)| {
+        let (row, column) = (at / WIDE, at % WIDE);
+        let panel = &b[column / WIDTH * K * WIDTH..];
+        let term = |k: usize| {
+            let b = panel[(k / 2 * WIDTH + column % WIDTH) * 2 + k % 2];
+            a[row * K + k].to_f32() * b.to_f32()
+        };
+        twice == 2.0 * (0..K).map(term).sum::<f32>()
+    })
+}
+
 #[cfg(test)]
 pub(crate) mod emulated {
     //! Tiles in software.
@@ -452,5 +497,45 @@ mod tests {
     #[test]
     fn the_blocking_is_right_on_emulated_tiles() {
         super::super::tests::check(Tiles(emulated::Emulated));
+    }
+
+    #[test]
+    fn tiles_are_checked_before_they_are_used() {
+        /// Forgets a part of its sums.
+        #[derive(Clone, Copy)]
+        struct Forgetful<K>(K, fn(&mut Product));
+        impl<K: Kernel> Kernel for Forgetful<K> {
+            type Simd = K::Simd;
+            type Element = K::Element;
+            type Region = K::Region;
+            const RATE: usize = K::RATE;
+            fn simd(self) -> K::Simd {
+                self.0.simd()
+            }
+            fn enter(self) -> K::Region {
+                self.0.enter()
+            }
+            fn multiply(
+                self,
+                mut product: Product,
+                a: &[K::Element],
+                b: &[K::Element],
+                c: &mut [f32],
+            ) {
+                self.1(&mut product);
+                self.0.multiply(product, a, b, c);
+            }
+        }
+        let tiles = Tiles(emulated::Emulated);
+        assert!(is_right(tiles));
+        assert!(is_right(Forgetful(tiles, |_| ())));
+        for mistake in [
+            (|product| product.add = false) as fn(&mut Product),
+            |product| product.rows = 16,
+            |product| product.panels = 2,
+            |product| product.k -= 2,
+        ] {
+            assert!(!is_right(Forgetful(tiles, mistake)));
+        }
     }
 }

@@ -40,6 +40,8 @@ impl Kernel for Dot {
     type Element = bf16;
     type Region = ();
 
+    const RATE: usize = 2 * WIDTH;
+
     #[inline(always)]
     fn simd(self) -> Avx512<true> {
         self.0

@@ -18,6 +18,8 @@ impl<S: Simd> Kernel for Fp32<S> {
     type Element = f32;
     type Region = ();
 
+    const RATE: usize = WIDTH;
+
     #[inline(always)]
     fn simd(self) -> S {
         self.0

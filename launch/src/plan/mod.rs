@@ -18,7 +18,9 @@ use std::path::PathBuf;
 use anyhow::Result;
 use oxitron_trainer::config::{Config, Dtype};
 use oxitron_trainer::plan::Mesh;
-use oxitron_trainer::run::{RunPlan, StageFigures, check_memory, dtype_of_this_machine};
+use oxitron_trainer::run::{
+    RunPlan, StageFigures, check_memory, dtype_of_this_machine, set_threads,
+};
 
 use cluster::Cluster;
 
@@ -132,6 +134,7 @@ impl Report {
             dtype
         });
         let plan = RunPlan::new(&config, ranks, ranks_per_node)?;
+        set_threads(&config, ranks_per_node)?;
         if let Some(memory) = memory {
             check_memory(&config, &plan, ranks_per_node, dtype, memory)?;
         }

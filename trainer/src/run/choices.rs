@@ -1,36 +1,53 @@
 //! What a run chooses by its machine: written into every manifest, and compared on resume.
 //!
-//! The dtype is kept, since it decides what the run computes. Which instructions and which engine
-//! compute it follows the machine: the loss curve is the same up to rounding, its bits are not, so a
-//! change is an event.
+//! The dtype is kept, since it decides what the run computes; so is an engine that was chosen by
+//! measurement. Which instructions compute it, and which engine where that is known beforehand,
+//! follows the machine: the loss curve is the same up to rounding, its bits are not, so a change is
+//! an event.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
-use oxitron_kernels::{product::Engine, simd};
+use oxitron_kernels::linear::WeightGradient;
+use oxitron_kernels::probe;
+use oxitron_kernels::product::{Engine, Trial};
+use oxitron_kernels::simd::{self, Level};
 use serde_json::Value;
+use tch::Kind;
 
 use super::origin::Origin;
-use super::plan::{dtype_name, dtype_of_this_machine, kind};
+use super::plan::{RunPlan, dtype_name, dtype_of_this_machine, kind};
 use super::ranks::Ranks;
 use super::{RunError, trainer::Trainer};
 use crate::config::{Config, Dtype};
 use crate::metrics::Event;
+use crate::plan::{Unit, Units};
 
 /// Names of the choices in a manifest.
 const DTYPE: &str = "dtype";
 const SIMD: &str = "simd";
 const PRODUCTS: &str = "products";
+const WEIGHT_GRADIENTS: &str = "weight_gradients";
+
+/// Rows of the products that are measured, at most: more than a cache holds, and soon done.
+const TRIAL_ROWS: usize = 2048;
 
 /// The choices of a run that computes in `dtype`, on this machine.
 pub(super) fn choices(dtype: Dtype) -> BTreeMap<String, Value> {
-    let engine = Engine::of(kind(dtype)).to_string();
-    [
+    let engine = Engine::of(kind(dtype));
+    let mut choices = BTreeMap::from([
         (DTYPE, dtype_name(dtype)),
         (SIMD, simd::level().name()),
-        (PRODUCTS, engine.as_str()),
-    ]
-    .map(|(name, value)| (name.to_owned(), value.into()))
-    .into()
+        (PRODUCTS, engine.name()),
+    ]);
+    if engine == Engine::Libtorch && dtype == Dtype::Bf16 {
+        let way = WeightGradient::of_this_machine();
+        choices.insert(WEIGHT_GRADIENTS, way.name());
+    }
+    let entries = choices.into_iter();
+    entries
+        .map(|(name, value)| (name.to_owned(), value.into()))
+        .collect()
 }
 
 /// The dtype of weights and activations: what the configuration says; for `auto` what the run began
@@ -56,6 +73,65 @@ pub(super) fn choose_dtype(
     Ok(if bf16 == 1 { Dtype::Bf16 } else { Dtype::Fp32 })
 }
 
+/// Chooses the engine of products where it is not known which one is faster: what the run began
+/// with, or else the faster one in a trial on the leader. All ranks compute alike.
+pub(super) fn choose_products(
+    config: &Config,
+    ranks: &Ranks,
+    plan: &RunPlan,
+    origin: &Origin,
+    dtype: Dtype,
+) -> Result<(), RunError> {
+    let kind = kind(dtype);
+    if probe::has_amx_bf16() && simd::requested() == Ok(None) && simd::level() < Level::Amx {
+        tracing::warn!(
+            "the processor has AMX, but the system does not grant it or its products come out wrong: \
+             attention is computed by {}",
+            simd::level().name()
+        );
+    }
+    let stage = &config.stages[0];
+    let rows = (stage.micro_batch * stage.seq_len).min(TRIAL_ROWS);
+    let [libtorch] = ranks.leaders_choice(|| {
+        let recorded = origin.recorded(PRODUCTS).and_then(|name| name.parse().ok());
+        let engine = match Engine::known(kind).or(recorded) {
+            Some(engine) => engine,
+            None => try_both(kind, rows, &largest_weights(&plan.units))?,
+        };
+        Ok([u64::from(engine == Engine::Libtorch)])
+    })?;
+    if libtorch == 1 {
+        Engine::Libtorch.choose();
+    } else {
+        Engine::Own.choose();
+    }
+    Ok(())
+}
+
+/// The faster engine.
+fn try_both(kind: Kind, rows: usize, weights: &[[usize; 2]]) -> Result<Engine, RunError> {
+    let trial = Trial::run(kind, rows, weights)?;
+    let elements: usize = weights.iter().map(|[o, i]| o * i).sum();
+    let rate = |time: Duration| 3.0 * 2.0 * (rows * elements) as f64 / time.as_secs_f64() / 1e9;
+    tracing::info!(
+        "products of {rows} rows with a layer's weights, forward and backward: {:.0} GFLOP/s by our \
+         own engine, {:.0} by libtorch",
+        rate(trial.own),
+        rate(trial.libtorch)
+    );
+    Ok(trial.faster())
+}
+
+/// The matrices of the unit that has the most of them, a block.
+fn largest_weights(units: &Units) -> Vec<[usize; 2]> {
+    let matrices = |unit: &Unit| -> Vec<[usize; 2]> {
+        let shapes = unit.matrices.iter().map(|matrix| matrix.shape());
+        shapes.filter_map(|shape| shape.try_into().ok()).collect()
+    };
+    let units = units.units.iter().map(matrices);
+    units.max_by_key(Vec::len).unwrap_or_default()
+}
+
 impl Trainer<'_> {
     /// Tells what this machine chooses otherwise than the one that wrote the checkpoint.
     pub(super) fn tell_changed_choices(&mut self, origin: &Origin) {
@@ -78,5 +154,26 @@ impl Trainer<'_> {
                 });
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use super::*;
+    use crate::model::describe;
+    use crate::testing::golden::{self, Golden};
+
+    #[test]
+    fn a_trial_multiplies_by_the_weights_of_a_block() {
+        let golden = Golden::open("gradients");
+        let (model, ..) = golden::model(&golden.facts["cases"]["long_1024"]["model"]);
+        let units = describe(&model, |_| true, |_| true).unwrap();
+        let weights = largest_weights(&units);
+        assert_eq!(weights.len(), 4, "qkv, out, gate and up, down: {weights:?}");
+        let head_rows = model.num_heads + 2 * model.num_kv_heads;
+        assert!(weights.contains(&[head_rows * model.head_dim, model.hidden_size]));
+        assert!(weights.contains(&[2 * model.intermediate_size, model.hidden_size]));
+        try_both(Kind::BFloat16, 32, &weights).unwrap();
     }
 }

@@ -53,6 +53,6 @@ mod tests;
 
 pub use error::RunError;
 pub use figures::{StageFigures, check_memory};
-pub use plan::{RunPlan, dtype_of_this_machine};
+pub use plan::{RunPlan, dtype_of_this_machine, set_threads};
 pub use trainer::{Options, Outcome, train};
 pub use watch::Watch;

@@ -1,16 +1,16 @@
 //! Opening a run: a new one with initial values, or one that has begun from its newest checkpoint.
 
 use oxitron_data::{Dataset, DatasetSpec, SourceSpec};
-use oxitron_kernels::{Threads, memory, product::Engine, simd};
+use oxitron_kernels::{memory, product::Engine, simd};
 use tch::Device;
 
 use super::{
     RunError,
-    choices::choose_dtype,
+    choices::{choose_dtype, choose_products},
     control,
     folder::RunFolder,
     origin::Origin,
-    plan::{RunPlan, dtype_name, kind, wire},
+    plan::{RunPlan, dtype_name, kind, set_threads, wire},
     progress::Progress,
     ranks::Ranks,
     restore::{initial_values, read_state, set_aside, weights_alone},
@@ -45,9 +45,7 @@ impl<'a> Trainer<'a> {
         ranks.together(simd::requested().map_err(RunError::Plan))?;
         let plan = RunPlan::new(config, ranks.ranks, comm.local_world())?;
         check_nodes(config, &ranks, comm)?;
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let share = (cores / comm.local_world()).max(1);
-        Threads::set(config.run.threads.unwrap_or(share))?;
+        set_threads(config, comm.local_world())?;
         memory::install()?;
 
         let lock = || RunFolder::lock(&config.run.dir);
@@ -153,7 +151,7 @@ impl<'a> Trainer<'a> {
             grouped(self.plan.units.parameters() as u64),
             dtype_name(self.dtype),
             simd::level().name(),
-            Engine::of(kind(self.dtype)),
+            Engine::of(kind(self.dtype)).name(),
             self.ranks.ranks,
             self.config.parallel.zero_stage,
             mesh.replicate,
@@ -228,6 +226,7 @@ impl Begun {
             }
             ranks.together(origin.check(&plan.units))?;
             let dtype = choose_dtype(config, ranks, &origin)?;
+            choose_products(config, ranks, plan, &origin, dtype)?;
             let recorded = match &origin {
                 Origin::Resume(checkpoint) => checkpoint.meta().dataset_lock.as_deref(),
                 _ => None,

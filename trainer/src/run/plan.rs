@@ -1,6 +1,6 @@
 //! The plan of a run: what it will hold, send and do, from its configuration alone.
 
-use oxitron_kernels::cpu_prefers_bf16;
+use oxitron_kernels::{Threads, cpu_prefers_bf16};
 use tch::Kind;
 
 use super::RunError;
@@ -104,6 +104,18 @@ impl RunPlan {
         };
         step_traffic(&self.map, &self.layout, &self.step(stage), wire)
     }
+}
+
+/// Sets the compute threads of the calling rank, which shares this machine with others: all in all
+/// `local_ranks`. What operations need for their threads is counted for this number, too.
+///
+/// # Errors
+/// [`RunError::Kernel`] for a number that libtorch does not take.
+pub fn set_threads(config: &Config, local_ranks: usize) -> Result<(), RunError> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let share = (cores / local_ranks.max(1)).max(1);
+    Threads::set(config.run.threads.unwrap_or(share))?;
+    Ok(())
 }
 
 /// What `dtype = "auto"` means on this machine, and why.

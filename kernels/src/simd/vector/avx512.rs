@@ -16,6 +16,14 @@ impl<const BF16: bool> Avx512<BF16> {
     pub fn detect() -> Option<Self> {
         (level() >= Self::LEVEL).then_some(Avx512(()))
     }
+
+    /// The token, whatever level is in force.
+    ///
+    /// # Safety
+    /// The processor has the instructions.
+    pub(crate) unsafe fn assume() -> Self {
+        Avx512(())
+    }
 }
 
 /// Rounds to bf16 in the low halves of the 32-bit lanes, without the instruction for it.
