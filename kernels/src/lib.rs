@@ -23,7 +23,7 @@
 //! # Modules
 //!
 //! * A decoder block: [`rms_norm`], [`linear_rope`], [`attention`] (over a [`DocumentStarts`]),
-//!   [`linear_add`], [`linear_swiglu`]; what they share: [`linear`], [`rope`]; between dtypes:
+//!   [`linear_add`], [`linear_glu`]; what they share: [`linear`], [`rope`]; between dtypes:
 //!   [`cast`].
 //! * Ends of the model: [`embedding`], [`linear_cross_entropy`].
 //! * Updating it: [`norm`], [`adamw`]; starting it: [`philox`].
@@ -32,7 +32,7 @@
 //! * Underneath: [`simd`] compiles plain Rust loops once per instruction set and names vectors where
 //!   that is not enough, [`microkernel`] multiplies small matrices and [`matmul`] large ones, [`sys`]
 //!   runs loops on libtorch's own OpenMP threads, so that compute has one pool, and turns tensors into
-//!   slices. [`product`] decides who multiplies.
+//!   slices. [`product`] leads to who multiplies.
 
 pub mod adamw;
 pub mod attention;
@@ -45,8 +45,8 @@ mod float;
 pub mod linear;
 pub mod linear_add;
 pub mod linear_cross_entropy;
+pub mod linear_glu;
 pub mod linear_rope;
-pub mod linear_swiglu;
 pub mod matmul;
 pub mod memory;
 pub mod microkernel;

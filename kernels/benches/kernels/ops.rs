@@ -6,11 +6,12 @@
 
 use oxitron_kernels::attention::{self, Gradients, Inputs};
 use oxitron_kernels::linear_cross_entropy as loss;
+use oxitron_kernels::linear_glu::Activation;
 use oxitron_kernels::linear_rope::Rotation;
 use oxitron_kernels::product::{Engine, with_engine};
 use oxitron_kernels::{
-    DocumentStarts, Error, RopeTable, Workspace, adamw, embedding, linear, linear_add, linear_rope,
-    linear_swiglu, norm, rms_norm,
+    DocumentStarts, Error, RopeTable, Workspace, adamw, embedding, linear, linear_add, linear_glu,
+    linear_rope, norm, rms_norm,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -168,7 +169,14 @@ fn fused(bench: &mut Bench, model: &Model, kind: Kind) -> Result<(), Error> {
         zeros(&[TOKENS, inner], kind),
     );
     bench.measure(product(swiglu, [h, 2 * inner], kind), || {
-        linear_swiglu::forward(&x, &w, &mut gate_up, &mut gated, &mut workspace)
+        linear_glu::forward(
+            Activation::Silu,
+            &x,
+            &w,
+            &mut gate_up,
+            &mut gated,
+            &mut workspace,
+        )
     })?;
 
     let (w, mut sum) = (random(&[h, inner], kind), zeros(&[TOKENS, h], Kind::Float));
@@ -177,7 +185,14 @@ fn fused(bench: &mut Bench, model: &Model, kind: Kind) -> Result<(), Error> {
     })?;
     let mut dgate_up = zeros(&[TOKENS, 2 * inner], kind);
     bench.measure(product(swiglu_backward, [inner, h], kind), || {
-        linear_swiglu::backward(&x, &w, &gate_up, &mut dgate_up, &mut workspace)
+        linear_glu::backward(
+            Activation::Silu,
+            &x,
+            &w,
+            &gate_up,
+            &mut dgate_up,
+            &mut workspace,
+        )
     })
 }
 

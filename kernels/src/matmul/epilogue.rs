@@ -6,16 +6,16 @@
 //! | [`AddTo`] | a weight's gradient | what was there plus the sums |
 //! | [`AddResidual`] | a projection back into the residual stream | the stream plus the sums |
 //! | [`Rope`] | queries, keys and values | rotated queries and keys, values |
-//! | [`SwiGlu`] | gate and up | both, rounded, and `silu(gate) · up` |
-//! | [`SwiGluGradient`] | the input gradient of the layer after it | gradients of gate and up |
+//! | [`Glu`] | gate and up | both, rounded, and `act(gate) · up` |
+//! | [`GluGradient`] | the input gradient of the layer after it | gradients of gate and up |
 
+mod glu;
 mod rope;
 mod store;
-mod swiglu;
 
+pub use glu::{Gate, GeluTanh, Glu, GluGradient, Silu};
 pub use rope::Rope;
 pub use store::{AddResidual, AddTo, Store};
-pub use swiglu::{SwiGlu, SwiGluGradient};
 
 use crate::Error;
 use crate::matmul::{Block, refuse};

@@ -6,7 +6,7 @@
 
 use oxitron_kernels::{
     WorkspacePlan, attention, linear_add, linear_cross_entropy,
-    linear_cross_entropy::DEFAULT_CHUNK, linear_rope, linear_swiglu, rms_norm,
+    linear_cross_entropy::DEFAULT_CHUNK, linear_glu, linear_rope, rms_norm,
 };
 use tch::Kind;
 
@@ -136,20 +136,15 @@ impl Count {
                 Op::LinearAdd { x, sum, .. } => {
                     linear_add::plan(&mut plan, kind, tokens, [width(sum), width(x)]);
                 }
-                Op::SwiGlu {
+                Op::FeedForward {
                     x,
                     gate_up,
                     gated,
                     sum,
                     ..
                 } => {
-                    linear_swiglu::plan(&mut plan, kind, tokens, [width(gate_up), width(x)]);
-                    linear_swiglu::plan_backward(
-                        &mut plan,
-                        kind,
-                        tokens,
-                        [width(sum), width(gated)],
-                    );
+                    linear_glu::plan(&mut plan, kind, tokens, [width(gate_up), width(x)]);
+                    linear_glu::plan_backward(&mut plan, kind, tokens, [width(sum), width(gated)]);
                     linear_add::plan(&mut plan, kind, tokens, [width(sum), width(gated)]);
                 }
             }

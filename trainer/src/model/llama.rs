@@ -4,6 +4,8 @@
 //! attention, SwiGLU, no biases): LLaMA itself and, once `wqkv` is unpacked, InternLM2. Names and
 //! orientation are those of Hugging Face's `LlamaForCausalLM`.
 
+use oxitron_kernels::linear_glu::Activation;
+
 use super::{
     ModelError,
     program::{Op, Program, SlotKind, SlotSpec},
@@ -207,7 +209,8 @@ pub(super) fn block_program(model: &ModelConfig) -> Program {
             y: mlp_normed,
             rstd: mlp_rstd,
         },
-        Op::SwiGlu {
+        Op::FeedForward {
+            activation: Activation::Silu,
             x: mlp_normed,
             gate_up_weight: weight::GATE_UP,
             gate_up,

@@ -1,8 +1,7 @@
 //! Running one operation of a block, forwards and backwards.
 
 use oxitron_kernels::{
-    Error, RopeTable, Workspace, attention, linear, linear_add, linear_rope, linear_swiglu,
-    rms_norm,
+    Error, RopeTable, Workspace, attention, linear, linear_add, linear_glu, linear_rope, rms_norm,
 };
 use tch::Tensor;
 
@@ -108,7 +107,8 @@ impl BlockRun<'_> {
                 residual,
                 sum,
             } => self.add_product(x, weight, residual, sum)?,
-            Op::SwiGlu {
+            Op::FeedForward {
+                activation,
                 x,
                 gate_up_weight,
                 gate_up,
@@ -119,7 +119,14 @@ impl BlockRun<'_> {
             } => {
                 let [x, gate_up_out, gated_out] = self.slots.get([x, gate_up, gated])?;
                 let weight = &self.weights[gate_up_weight];
-                linear_swiglu::forward(x, weight, gate_up_out, gated_out, self.workspace)?;
+                linear_glu::forward(
+                    activation,
+                    x,
+                    weight,
+                    gate_up_out,
+                    gated_out,
+                    self.workspace,
+                )?;
                 self.lap("linear", gate_up);
                 self.add_product(gated, down_weight, residual, sum)?;
             }
@@ -201,7 +208,8 @@ impl BlockRun<'_> {
                 linear::backward_input(d_sum, &self.weights[weight], d_x, self.workspace)?;
                 self.lap("linear dgrad", sum);
             }
-            Op::SwiGlu {
+            Op::FeedForward {
+                activation,
                 x,
                 gate_up_weight,
                 gate_up,
@@ -215,7 +223,14 @@ impl BlockRun<'_> {
                 self.weight_gradient(d_sum, gated, down_weight, sum, weight_gradients)?;
                 let [gate_up_out] = self.slots.get([gate_up])?;
                 let down = &self.weights[down_weight];
-                linear_swiglu::backward(d_sum, down, gate_up_out, d_gate_up, self.workspace)?;
+                linear_glu::backward(
+                    activation,
+                    d_sum,
+                    down,
+                    gate_up_out,
+                    d_gate_up,
+                    self.workspace,
+                )?;
                 self.lap("linear dgrad", sum);
                 self.weight_gradient(d_gate_up, x, gate_up_weight, gate_up, weight_gradients)?;
                 let weight = &self.weights[gate_up_weight];

@@ -1,5 +1,7 @@
 //! A block as data: the operations of a decoder layer over named slots.
 
+use oxitron_kernels::linear_glu::Activation;
+
 /// Index of a slot in its program.
 pub type Slot = usize;
 
@@ -74,16 +76,18 @@ pub enum Op {
         /// Residual stream out.
         sum: Slot,
     },
-    /// `sum = residual + (silu(gate) · up) · downᵀ` with `[gate, up] = x · gate_upᵀ`: a branch whose
+    /// `sum = residual + (act(gate) · up) · downᵀ` with `[gate, up] = x · gate_upᵀ`: a branch whose
     /// two products are computed backwards together.
-    SwiGlu {
+    FeedForward {
+        /// Of the gate.
+        activation: Activation,
         /// Activation in.
         x: Slot,
         /// Weight `[2 · inner, in]`, gate first, then up.
         gate_up_weight: usize,
         /// `[tokens, 2 · inner]`.
         gate_up: Slot,
-        /// `silu(gate) · up`, `[tokens, inner]`.
+        /// `act(gate) · up`, `[tokens, inner]`.
         gated: Slot,
         /// Weight `[out, inner]`.
         down_weight: usize,

@@ -1,6 +1,6 @@
 //! Epilogues against plain f64 code.
 
-use super::super::epilogue::{AddResidual, Rope, SwiGlu, SwiGluGradient};
+use super::super::epilogue::{AddResidual, Gate, GeluTanh, Glu, GluGradient, Rope, Silu};
 use super::*;
 
 /// What rounding to T may cost, as a relative norm.
@@ -92,7 +92,19 @@ fn sigmoid(x: f64) -> f64 {
     1.0 / (1.0 + (-x).exp())
 }
 
-fn swiglu<T: Dtype + Tiled>() {
+/// The argument of a gate's sigmoid and its derivative.
+type Argument = fn(f64) -> [f64; 2];
+
+const SILU: Argument = |x| [x, 1.0];
+const GELU: Argument = |x| {
+    let scale = (8.0 / std::f64::consts::PI).sqrt();
+    [
+        scale * (x + 0.044715 * x.powi(3)),
+        scale * (1.0 + 3.0 * 0.044715 * x * x),
+    ]
+};
+
+fn gated<T: Dtype + Tiled>(gate_of: impl Gate, argument: Argument) {
     for [n, h, i] in [[1, 8, 1], [37, 24, 50], [70, 520, 96], [5, 7, 16]] {
         let mut x = Operand64::<T>::new("x", false, [n, h], 0);
         // Wide enough to reach both flat ends of the sigmoid.
@@ -108,7 +120,8 @@ fn swiglu<T: Dtype + Tiled>() {
             let what = format!("{way} [{n}, {h}, {i}]");
             let mut gate_up = Output::<T>::new(n, 2 * i, 3);
             let mut gated = Output::<T>::new(n, i, 2);
-            let forward = SwiGlu {
+            let forward = Glu {
+                gate: gate_of,
                 gate_up: gate_up.target(),
                 gated: gated.target(),
             };
@@ -120,12 +133,13 @@ fn swiglu<T: Dtype + Tiled>() {
             let gate = |at: usize| both[at / i * 2 * i + at % i];
             let up = |at: usize| both[at / i * 2 * i + i + at % i];
             let expected: Vec<f64> = (0..n * i)
-                .map(|at| gate(at) * sigmoid(gate(at)) * up(at))
+                .map(|at| gate(at) * sigmoid(argument(gate(at))[0]) * up(at))
                 .collect();
             close::<T>(&what, &gated.numbers(), &expected);
 
             let mut d_gate_up = Output::<T>::new(n, 2 * i, 4);
-            let backward = SwiGluGradient {
+            let backward = GluGradient {
+                gate: gate_of,
                 gate_up: Strided {
                     data: &gate_up.data,
                     stride: 2 * i + 3,
@@ -137,9 +151,9 @@ fn swiglu<T: Dtype + Tiled>() {
             multiply_by(tiles, n > 40, &dy, &down, Columns::Any(i), &backward);
             let mut expected = vec![0.0; 2 * n * i];
             for (at, &d) in d_gated.iter().enumerate() {
-                let (g, u, s) = (gate(at), up(at), sigmoid(gate(at)));
-                let to = at / i * 2 * i + at % i;
-                expected[to] = d * u * s * (1.0 + g * (1.0 - s));
+                let (g, u, [z, slope]) = (gate(at), up(at), argument(gate(at)));
+                let (s, to) = (sigmoid(z), at / i * 2 * i + at % i);
+                expected[to] = d * u * s * (1.0 + g * slope * (1.0 - s));
                 expected[to + i] = d * g * s;
             }
             close::<T>(&what, &d_gate_up.numbers(), &expected);
@@ -149,8 +163,10 @@ fn swiglu<T: Dtype + Tiled>() {
 
 #[test]
 fn the_gated_activation_and_its_gradient_agree_with_fp64() {
-    swiglu::<f32>();
-    swiglu::<bf16>();
+    gated::<f32>(Silu, SILU);
+    gated::<bf16>(Silu, SILU);
+    gated::<f32>(GeluTanh, GELU);
+    gated::<bf16>(GeluTanh, GELU);
 }
 
 fn rope<T: Dtype + Tiled>() {
@@ -199,13 +215,14 @@ fn epilogues_refuse_products_that_they_are_not_for() {
     let message = |result: Result<(), Error>| result.unwrap_err().to_string();
     let mut data = vec![0f32; 4 * 12];
     let mut other = vec![0f32; 4 * 6];
-    let swiglu = SwiGlu {
+    let glu = Glu {
+        gate: Silu,
         gate_up: Target::new(&mut data, [4, 12], 12).unwrap(),
         gated: Target::new(&mut other, [4, 6], 6).unwrap(),
     };
-    assert!(swiglu.check(4, Columns::Halves { width: 6 }).is_ok());
-    assert!(message(swiglu.check(4, Columns::Any(12))).contains("halves of 6"));
-    assert!(message(swiglu.check(5, Columns::Halves { width: 6 })).contains("[5, 12]"));
+    assert!(glu.check(4, Columns::Halves { width: 6 }).is_ok());
+    assert!(message(glu.check(4, Columns::Any(12))).contains("halves of 6"));
+    assert!(message(glu.check(5, Columns::Halves { width: 6 })).contains("[5, 12]"));
 
     let read = [0f32; 47];
     let strided = |n, d| Strided {
@@ -215,7 +232,8 @@ fn epilogues_refuse_products_that_they_are_not_for() {
         d,
     };
     let mut gradient = |n, d, columns| {
-        let epilogue = SwiGluGradient {
+        let epilogue = GluGradient {
+            gate: Silu,
             gate_up: strided(n, d),
             d_gate_up: Target::new(&mut data, [4, 12], 12).unwrap(),
         };
@@ -259,7 +277,8 @@ fn epilogues_give_the_same_bits_on_any_number_of_threads() {
             let w = Operand64::<bf16>::new("w", true, [h, 2 * i], 0);
             let mut gate_up = Output::<bf16>::new(n, 2 * i, 0);
             let mut gated = Output::<bf16>::new(n, i, 0);
-            let forward = SwiGlu {
+            let forward = Glu {
+                gate: Silu,
                 gate_up: gate_up.target(),
                 gated: gated.target(),
             };

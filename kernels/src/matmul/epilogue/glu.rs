@@ -1,4 +1,7 @@
-//! The gated activation of LLaMA's feed-forward layer, fused into the products around it.
+//! The gated activation of a feed-forward layer, fused into the products around it.
+//!
+//! Its gate is `x · σ(z(x))` ([`Gate`]), `σ` being the logistic function: SiLU with `z = x`, and with
+//! a cubic z the approximation of GELU by tanh, since `½ (1 + tanh u) = σ(2u)`.
 //!
 //! Both passes compute in fp32 from gate and up as they are stored, rounded to T: what the backward
 //! pass reads is exactly what the forward pass used.
@@ -12,9 +15,70 @@ use crate::microkernel::head;
 use crate::microkernel::pack::{Strided, StridedMut};
 use crate::simd::vector::{Simd, WIDTH, per_level};
 
-/// Stores `gate_up: [n, 2·i]` and `gated: [n, i] = silu(gate) · up`, both in T. The product has
-/// [`Columns::Halves`] of `i`, so that a block holds gate and up of the same columns.
-pub struct SwiGlu<'a, T> {
+/// The argument of `σ` in a gate.
+pub trait Gate: Copy + Send + Sync + 'static {
+    /// `z(x)`
+    fn argument<S: Simd>(simd: S, x: S::F) -> S::F;
+
+    /// `x · z'(x)`
+    fn slope<S: Simd>(simd: S, x: S::F) -> S::F;
+}
+
+/// `silu(x) = x · σ(x)`
+#[derive(Clone, Copy, Debug)]
+pub struct Silu;
+
+/// `x · σ(z)` with `z = √(8/π) · (x + 0.044715 · x³)`: GELU (Hendrycks and Gimpel 2016) approximated by
+/// tanh, as Gemma has it.
+#[derive(Clone, Copy, Debug)]
+pub struct GeluTanh;
+
+impl Gate for Silu {
+    #[inline(always)]
+    fn argument<S: Simd>(_: S, x: S::F) -> S::F {
+        x
+    }
+
+    #[inline(always)]
+    fn slope<S: Simd>(_: S, x: S::F) -> S::F {
+        x
+    }
+}
+
+impl GeluTanh {
+    /// `√(8/π)`
+    const SCALE: f32 = 1.595_769;
+    const CUBE: f32 = 0.044_715;
+
+    /// `scale · (x + cube · x³)`. Beyond ±30 σ is 0 or 1, and powers of x would only overflow.
+    #[inline(always)]
+    fn cubic<S: Simd>(simd: S, x: S::F, cube: f32) -> S::F {
+        let minus = |x| simd.sub(simd.splat(0.0), x);
+        let x = simd.max(simd.splat(-30.0), x);
+        let x = minus(simd.max(simd.splat(-30.0), minus(x)));
+        let scaled = simd.mul(x, simd.splat(Self::SCALE));
+        simd.fma(simd.mul(simd.mul(x, x), simd.splat(cube)), scaled, scaled)
+    }
+}
+
+impl Gate for GeluTanh {
+    #[inline(always)]
+    fn argument<S: Simd>(simd: S, x: S::F) -> S::F {
+        Self::cubic(simd, x, Self::CUBE)
+    }
+
+    #[inline(always)]
+    fn slope<S: Simd>(simd: S, x: S::F) -> S::F {
+        Self::cubic(simd, x, 3.0 * Self::CUBE)
+    }
+}
+
+/// Stores `gate_up: [n, 2·i]` and `gated: [n, i] = act(gate) · up`, both in T, with the activation
+/// `G`. The product has [`Columns::Halves`] of `i`, so that a block holds gate and up of the same
+/// columns.
+pub struct Glu<'a, T, G> {
+    /// The activation.
+    pub gate: G,
     /// Gate, then up, in one row.
     pub gate_up: Target<'a, T>,
     /// Their activation.
@@ -23,14 +87,16 @@ pub struct SwiGlu<'a, T> {
 
 /// Stores the gradients of gate and up, `[n, 2·i]` in T, given `gate_up: [n, 2·i]` in T; the sums
 /// `[n, i]` are the gradient of the activation.
-pub struct SwiGluGradient<'a, T> {
+pub struct GluGradient<'a, T, G> {
+    /// The activation.
+    pub gate: G,
     /// Gate, then up, as the forward pass stored them.
     pub gate_up: Strided<'a, T>,
     /// Their gradients.
     pub d_gate_up: Target<'a, T>,
 }
 
-impl<T: Float> Epilogue for SwiGlu<'_, T> {
+impl<T: Float, G: Gate> Epilogue for Glu<'_, T, G> {
     unsafe fn finish<S: Simd>(&self, simd: S, block: &Block, sums: &mut [f32]) {
         let [_, width] = self.gated.shape();
         let columns = pair_columns(block, width);
@@ -44,7 +110,7 @@ impl<T: Float> Epilogue for SwiGlu<'_, T> {
                 self.gated.part(rows, columns),
             ]
         };
-        forward::<S, T>(simd, sums, block, [gate, up, gated]);
+        forward::<S, T, G>(simd, sums, block, [gate, up, gated]);
     }
 
     fn prefetch(&self, block: &Block) {
@@ -70,7 +136,7 @@ impl<T: Float> Epilogue for SwiGlu<'_, T> {
     }
 }
 
-impl<T: Float> Epilogue for SwiGluGradient<'_, T> {
+impl<T: Float, G: Gate> Epilogue for GluGradient<'_, T, G> {
     unsafe fn finish<S: Simd>(&self, simd: S, block: &Block, sums: &mut [f32]) {
         let width = self.gate_up.d / 2;
         for run in block.runs() {
@@ -87,7 +153,7 @@ impl<T: Float> Epilogue for SwiGluGradient<'_, T> {
                     self.d_gate_up.part(rows, up),
                 ]
             };
-            backward::<S, T>(simd, run.sums(sums), block, gate_up, gradients);
+            backward::<S, T, G>(simd, run.sums(sums), block, gate_up, gradients);
         }
     }
 
@@ -139,24 +205,28 @@ fn sigmoid<S: Simd, T: Float>(simd: S, x: S::F) -> S::F {
     simd.load(&lanes)
 }
 
-/// `silu(gate) · up`
+/// `act(gate) · up`
 #[inline(always)]
-fn activation<S: Simd, T: Float>(simd: S, gate: S::F, up: S::F) -> S::F {
-    simd.mul(simd.mul(gate, sigmoid::<S, T>(simd, gate)), up)
+fn activation<S: Simd, T: Float, G: Gate>(simd: S, gate: S::F, up: S::F) -> S::F {
+    let s = sigmoid::<S, T>(simd, G::argument(simd, gate));
+    simd.mul(simd.mul(gate, s), up)
 }
 
 /// Gradients of gate and up.
 #[inline(always)]
-fn slopes<S: Simd, T: Float>(simd: S, d: S::F, gate: S::F, up: S::F) -> [S::F; 2] {
-    let (s, one) = (sigmoid::<S, T>(simd, gate), simd.splat(1.0));
+fn slopes<S: Simd, T: Float, G: Gate>(simd: S, d: S::F, gate: S::F, up: S::F) -> [S::F; 2] {
+    let (s, one) = (
+        sigmoid::<S, T>(simd, G::argument(simd, gate)),
+        simd.splat(1.0),
+    );
     let ds = simd.mul(d, s);
-    // silu'(g) = σ(g) · (1 + g · (1 − σ(g)))
-    let slope = simd.fma(gate, simd.sub(one, s), one);
+    // (g · σ(z))' = σ(z) · (1 + g · z' · (1 − σ(z)))
+    let slope = simd.fma(G::slope(simd, gate), simd.sub(one, s), one);
     [simd.mul(simd.mul(ds, up), slope), simd.mul(ds, gate)]
 }
 
 per_level! {
-fn forward[S, T: Float](
+fn forward[S, T: Float, G: Gate](
     simd: S, sums: &[f32], block: &Block, to: [StridedMut<'_, T>; 3],
 ) {
     let [mut gate, mut up, mut gated] = to;
@@ -170,21 +240,21 @@ fn forward[S, T: Float](
             T::store(simd, simd.load(head(pair)), gate);
             T::store(simd, simd.load(head(&pair[WIDTH..])), up);
             let (g, u) = (T::load(simd, gate), T::load(simd, up));
-            T::store(simd, activation::<S, T>(simd, g, u), gated);
+            T::store(simd, activation::<S, T, G>(simd, g, u), gated);
         }
         if !gate_rest.is_empty() {
             let pair = &pairs[gate.len()];
             store_cut(simd, simd.load(head(pair)), gate_rest, 0);
             store_cut(simd, simd.load(head(&pair[WIDTH..])), up_rest, 0);
             let (g, u) = (load_padded(simd, gate_rest, 0), load_padded(simd, up_rest, 0));
-            store_cut(simd, activation::<S, T>(simd, g, u), gated_rest, 0);
+            store_cut(simd, activation::<S, T, G>(simd, g, u), gated_rest, 0);
         }
     }
 }
 }
 
 per_level! {
-fn backward[S, T: Float](
+fn backward[S, T: Float, G: Gate](
     simd: S, sums: &[f32], block: &Block, gate_up: [Strided<'_, T>; 2],
     gradients: [StridedMut<'_, T>; 2],
 ) {
@@ -198,14 +268,14 @@ fn backward[S, T: Float](
         let gradients = dgate.iter_mut().zip(dup);
         for (((d, g), u), (dgate, dup)) in sums.iter().zip(gate).zip(up).zip(gradients) {
             let (g, u) = (T::load(simd, g), T::load(simd, u));
-            let [dg, du] = slopes::<S, T>(simd, simd.load(d), g, u);
+            let [dg, du] = slopes::<S, T, G>(simd, simd.load(d), g, u);
             T::store(simd, dg, dgate);
             T::store(simd, du, dup);
         }
         if !gate_rest.is_empty() {
             let d = sums.get(gate.len()).map_or(sums_rest, |d| &d[..]);
             let (g, u) = (load_padded(simd, gate_rest, 0), load_padded(simd, up_rest, 0));
-            let [dg, du] = slopes::<S, T>(simd, load_padded(simd, d, 0), g, u);
+            let [dg, du] = slopes::<S, T, G>(simd, load_padded(simd, d, 0), g, u);
             store_cut(simd, dg, dgate_rest, 0);
             store_cut(simd, du, dup_rest, 0);
         }
