@@ -137,10 +137,17 @@ pub fn reference(x: &Tensor, w: &Tensor) -> Result<Tensor, Error> {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
     use super::*;
+    use crate::product::with_engine;
     use crate::testing::*;
     use tch::Device;
 
     #[test]
+    fn agrees_with_fp64_autograd_whoever_multiplies() {
+        for engine in Engine::ALL {
+            with_engine(engine, agrees_with_fp64_autograd);
+        }
+    }
+
     fn agrees_with_fp64_autograd() {
         for (kind, bound) in DTYPES {
             for (n, i, o) in [(1, 1, 1), (5, 7, 3), (67, 96, 130)] {
@@ -168,6 +175,12 @@ mod tests {
     }
 
     #[test]
+    fn parts_of_wider_buffers_serve_as_matrices_whoever_multiplies() {
+        for engine in Engine::ALL {
+            with_engine(engine, parts_of_wider_buffers_serve_as_matrices);
+        }
+    }
+
     fn parts_of_wider_buffers_serve_as_matrices() {
         for (kind, bound) in DTYPES {
             let mut workspace = Workspace::new(Device::Cpu);

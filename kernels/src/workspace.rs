@@ -69,11 +69,6 @@ impl Workspace {
             .map(|((_, kind), buffer)| (buffer.numel() * kind.elt_size_in_bytes()) as u64)
             .sum()
     }
-
-    /// Gives all memory back, for instance when a stage with other shapes begins.
-    pub fn clear(&mut self) {
-        self.buffers.clear();
-    }
 }
 
 /// What a [`Workspace`] grows to: requests are noted as it would serve them, and nothing is
@@ -128,8 +123,6 @@ mod tests {
             plan.take("a", &shape, kind);
         }
         assert_eq!(plan.bytes() as u64, workspace.bytes());
-        workspace.clear();
-        assert_eq!(workspace.bytes(), 0);
         assert_eq!(
             workspace
                 .take("empty", &[0, 5], Kind::Float)

@@ -1,5 +1,6 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 use super::*;
+use crate::product::{Engine, with_engine};
 use crate::testing::*;
 use tch::Device;
 
@@ -38,6 +39,12 @@ impl Case {
 }
 
 #[test]
+fn agrees_with_fp64_autograd_whoever_multiplies() {
+    for engine in Engine::ALL {
+        with_engine(engine, agrees_with_fp64_autograd);
+    }
+}
+
 fn agrees_with_fp64_autograd() {
     for (kind, bound) in DTYPES {
         for (n, h, v, vocab, chunk) in [
@@ -60,6 +67,14 @@ fn agrees_with_fp64_autograd() {
                     Tensor::run_backward(&[loss64.shallow_clone()], &[&x64, &w64], false, false);
 
                 let mut workspace = Workspace::new(Device::Cpu);
+                let mut planned = WorkspacePlan::default();
+                plan(
+                    &mut planned,
+                    kind,
+                    n as usize,
+                    [v as usize, h as usize],
+                    chunk,
+                );
                 let mut total = zeros(&[1], Kind::Double);
                 let mut per_token = poison(&[n], Kind::Float);
                 let mut dx = poison(&[n, h], kind);
@@ -90,6 +105,7 @@ fn agrees_with_fp64_autograd() {
                 };
                 forward(&inputs, losses, &mut workspace).unwrap();
                 assert_eq!(alone.double_value(&[0]) * 2.0, total.double_value(&[0]));
+                assert_eq!(workspace.bytes(), planned.bytes() as u64, "{n} × {h} × {v}");
             }
         }
     }
@@ -188,6 +204,9 @@ fn gradients_may_be_absent_and_bad_targets_change_nothing() {
     assert!(run(&Inputs { chunk: 0, ..bad }, None, None).is_err());
     let mut narrow = zeros(&[20, 8], Kind::BFloat16);
     assert!(run(&case.inputs(false, 3), None, Some(&mut narrow)).is_err());
+    let mut over = case.w.narrow(0, 5, 10);
+    let error = run(&case.inputs(false, 3), Some(&mut over), None).unwrap_err();
+    assert!(error.to_string().contains("share memory"), "{error}");
 }
 
 #[test]
