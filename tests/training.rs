@@ -75,6 +75,7 @@ fn a_run_in_bf16_on_two_threads_repeats_to_the_bit() {
     let config = fixture.config(ONE_STAGE);
     let sets = [
         "model.dtype=\"bf16\"",
+        "run.deterministic=true",
         "run.threads=2",
         "stage.0.seq_len=1024",
         "stage.0.batch_tokens=4096",

@@ -37,6 +37,7 @@ const FREE: &[&str] = &[
     "run.name",
     "run.dir",
     "run.device",
+    "run.deterministic",
     "run.threads",
     "run.trace_steps",
     "run.time_limit",

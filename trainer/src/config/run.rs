@@ -17,6 +17,8 @@ pub struct RunConfig {
     pub seed: u64,
     /// Where to compute.
     pub device: Device,
+    /// Whether nothing may be chosen by measurement.
+    pub deterministic: bool,
     /// Compute threads per rank; `None` leaves it to the launcher.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threads: Option<usize>,

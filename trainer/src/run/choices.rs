@@ -74,7 +74,8 @@ pub(super) fn choose_dtype(
 }
 
 /// Chooses the engine of products where it is not known which one is faster: what the run began
-/// with, or else the faster one in a trial on the leader. All ranks compute alike.
+/// with, or else the faster one in a trial on the leader, which a deterministic run goes without. All
+/// ranks compute alike.
 pub(super) fn choose_products(
     config: &Config,
     ranks: &Ranks,
@@ -96,6 +97,7 @@ pub(super) fn choose_products(
         let recorded = origin.recorded(PRODUCTS).and_then(|name| name.parse().ok());
         let engine = match Engine::known(kind).or(recorded) {
             Some(engine) => engine,
+            None if config.run.deterministic => Engine::Own,
             None => try_both(kind, rows, &largest_weights(&plan.units))?,
         };
         Ok([u64::from(engine == Engine::Libtorch)])

@@ -23,6 +23,7 @@ fn free_keys_do_not_count() {
         "run.name=other",
         "run.dir=/other",
         "run.device=cpu",
+        "run.deterministic=true",
         "run.threads=2",
         "run.trace_steps=[1, 2]",
         "run.time_limit=11h30m",

@@ -22,6 +22,7 @@ fn defaults_shard_the_optimizer_over_all_ranks() {
     assert_eq!(config.parallel.shard_size, ShardSize::World);
     assert_eq!(config.parallel.prefetch_units, 1);
     assert_eq!(config.run.trace_steps, None);
+    assert!(!config.run.deterministic);
     assert_eq!(config.guard.replica_check_steps, 100);
 }
 
