@@ -46,7 +46,6 @@ class Shape:
     batch: int
     dtype: str = "bf16"
     document_tokens: int | None = None  # a sample is part of one document otherwise
-    peers: bool = True
     bars: tuple[tuple[str, float], ...] = ()  # side, and how many times as fast we are to be
     bars_without_amx: tuple[tuple[str, float], ...] = ()
 
@@ -77,7 +76,6 @@ SHAPES = (
         bars_without_amx=PLAIN,
     ),
     Shape("64 × 64", LLAMA_55M, 4096, 1, document_tokens=64),
-    Shape("8 × 4096", LLAMA_55M, 32768, 1, document_tokens=4096, peers=False),
     Shape("larger", LARGER, 1024, 2),
     Shape("1024 fp32", LLAMA_55M, 1024, 2, dtype="fp32", bars=FP32, bars_without_amx=FP32),
 )
@@ -185,7 +183,7 @@ class Bench:
     def sides(self, shape: Shape) -> dict[str, Run]:
         """Who takes the step."""
         sides: dict[str, Run] = {"Oxitron": lambda: self.ours(shape)}
-        if shape.peers and not self.args.without_peers:
+        if not self.args.without_peers:
             way = self.fastest_way(shape)
             named = f" ({way})" if shape.document_tokens else ""
             if shape.dtype == "bf16":
