@@ -32,7 +32,7 @@
 //! * Underneath: [`simd`] compiles plain Rust loops once per instruction set and names vectors where
 //!   that is not enough, [`microkernel`] multiplies small matrices and [`matmul`] large ones, [`sys`]
 //!   runs loops on libtorch's own OpenMP threads, so that compute has one pool, and turns tensors into
-//!   slices. [`product`] leads to who multiplies.
+//!   slices. [`product`] chooses who multiplies, and calls it.
 
 pub mod adamw;
 pub mod attention;

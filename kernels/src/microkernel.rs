@@ -238,8 +238,7 @@ pub trait Kernel: Copy + Send + Sync + 'static {
     /// State of the processor that products need; dropped when a thread is through with them.
     type Region;
 
-    /// Products of two numbers that a core adds up per cycle, at best. Sizes of blocks follow from
-    /// it.
+    /// Products of two numbers that a core adds up per cycle, about: decides sizes of blocks alone.
     const RATE: usize;
 
     /// The token of the vectors.

@@ -27,7 +27,7 @@
 //!
 //! - Every rank walks the same actions and decides from reduced values, so all decide alike.
 //! - A result depends on the mesh by rounding alone: initial values, data order, loss and gradient
-//!   norm are defined without it. The same mesh gives the same bits, resumed or not.
+//!   norm are defined without it. The same mesh and choices give the same bits, resumed or not.
 //! - A buffer under way in a collective has been moved away and cannot be read.
 //! - Nothing here starts a process; that is the launcher's.
 //!

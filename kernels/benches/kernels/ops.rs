@@ -97,7 +97,7 @@ fn products(bench: &mut Bench, model: &Model, kind: Kind) -> Result<(), Error> {
             with_engine(engine, || plain(bench, shape, kind, engine))?;
         }
     }
-    fused(bench, model, kind)
+    with_engine(Engine::Own, || fused(bench, model, kind))
 }
 
 fn product(name: &str, [i, o]: [i64; 2], kind: Kind) -> Op {

@@ -172,9 +172,9 @@ pub type Amx = Tiles<Hardware>;
 impl Amx {
     /// The kernel, where the level in force has it.
     pub fn detect() -> Option<Amx> {
-        let granted = crate::simd::level() >= crate::simd::Level::Amx;
+        let allowed = crate::simd::level() >= crate::simd::Level::Amx;
         let simd = Avx512::detect()?;
-        granted.then_some(Tiles(Hardware(simd)))
+        allowed.then_some(Tiles(Hardware(simd)))
     }
 }
 
@@ -363,7 +363,7 @@ impl<U: Unit> Block<U> {
 /// Whether a kernel multiplies right: tiles that are full and tiles that are not, written and added
 /// to. Whole numbers, so that every order of summation gives the same.
 fn is_right(kernel: impl Kernel<Element = bf16>) -> bool {
-    const ROWS: usize = TILE + 4;
+    const ROWS: usize = 2 * TILE + 4;
     const PANELS: usize = 3;
     const K: usize = 2 * 2 * TILE + 6;
     const WIDE: usize = PANELS * WIDTH;
@@ -531,7 +531,7 @@ mod tests {
         assert!(is_right(Forgetful(tiles, |_| ())));
         for mistake in [
             (|product| product.add = false) as fn(&mut Product),
-            |product| product.rows = 16,
+            |product| product.rows = 32,
             |product| product.panels = 2,
             |product| product.k -= 2,
         ] {

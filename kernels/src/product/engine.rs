@@ -55,16 +55,21 @@ impl Engine {
     /// [known](Engine::known); elsewhere the one that the process [chose](Engine::choose), or else
     /// libtorch.
     pub fn of(kind: Kind) -> Engine {
-        if let Some(forced) = FORCED.get() {
-            return forced;
-        }
-        Engine::known(kind).unwrap_or_else(|| {
-            if CHOSEN.load(Ordering::Relaxed) == Engine::Own as u8 {
-                Engine::Own
-            } else {
-                Engine::Libtorch
-            }
-        })
+        let chosen = CHOSEN.load(Ordering::Relaxed);
+        let chosen = Engine::ALL
+            .into_iter()
+            .find(|&engine| engine as u8 == chosen);
+        Engine::first(FORCED.get(), || Engine::known(kind), chosen)
+    }
+
+    /// What is forced, or else known, or else chosen.
+    fn first(
+        forced: Option<Engine>,
+        known: impl FnOnce() -> Option<Engine>,
+        chosen: Option<Engine>,
+    ) -> Engine {
+        let engine = forced.or_else(known).or(chosen);
+        engine.unwrap_or(Engine::Libtorch)
     }
 
     /// The faster engine for a dtype on this processor, where measurements have settled it: the same
@@ -118,16 +123,17 @@ mod tests {
 
     #[test]
     fn a_choice_counts_only_where_nothing_is_known() {
+        let first = |forced, known, chosen| Engine::first(forced, || known, chosen);
+        let (own, libtorch) = (Some(Engine::Own), Some(Engine::Libtorch));
+        assert_eq!(first(None, None, None), Engine::Libtorch);
+        assert_eq!(first(None, None, own), Engine::Own);
+        assert_eq!(first(None, libtorch, own), Engine::Libtorch);
+        assert_eq!(first(own, libtorch, libtorch), Engine::Own);
         for kind in [Kind::Float, Kind::BFloat16] {
-            let known = Engine::known(kind);
-            for engine in Engine::ALL {
-                engine.choose();
-                assert_eq!(Engine::of(kind), known.unwrap_or(engine));
-                let portable = simd::with_level(Level::Portable, || Engine::of(kind));
-                assert_eq!(portable, Engine::Libtorch);
-                for forced in Engine::ALL {
-                    assert_eq!(with_engine(forced, || Engine::of(kind)), forced);
-                }
+            let portable = simd::with_level(Level::Portable, || Engine::of(kind));
+            assert_eq!(portable, Engine::Libtorch);
+            for forced in Engine::ALL {
+                assert_eq!(with_engine(forced, || Engine::of(kind)), forced);
             }
         }
     }

@@ -26,7 +26,8 @@ pub struct Trial {
 impl Trial {
     /// Multiplies `rows` rows by weights `[o, i]` of `kind` with the threads of the caller, the
     /// engines in turns, and adds the least times up. What the model fuses to a product is left
-    /// out, to the disadvantage of our own engine.
+    /// out, to the disadvantage of our own engine, and so are other ranks of the machine, which wait
+    /// meanwhile.
     ///
     /// # Errors
     /// [`Error::Torch`] if libtorch cannot allocate the matrices.

@@ -63,7 +63,7 @@ pub struct ManifestMeta {
     pub dataset_lock: Option<String>,
     /// Counters that the learning rate and Adam depend on.
     pub schedule: ScheduleState,
-    /// What was chosen by measurement and must be chosen again for a bitwise equal continuation.
+    /// What the run chose by its machine: kept, or compared, when it is resumed.
     pub choices: BTreeMap<String, serde_json::Value>,
     /// Token ids that an exported model states.
     pub special_tokens: SpecialTokens,

@@ -62,9 +62,9 @@ pub(super) const RUN: &[Key] = &[
     key("device", Choice(&["auto", "cpu"]), Is("\"auto\""), "",
         "Where to compute; `auto` takes the best that is there."),
     key("deterministic", Boolean, Is("false"), "",
-        "Nothing is chosen by measurement, so that the run repeated on the same ranks and threads \
-         gives the same bits. Otherwise it tries on a processor with AMX who multiplies faster, and \
-         keeps to that when it is resumed."),
+        "The run, repeated on the same ranks and threads, gives the same bits: nothing is chosen by \
+         measurement. A new run in bf16 on a processor with AMX then multiplies by itself; otherwise \
+         it tries whether libtorch does so faster."),
     key("threads", Integer(1, 4096), Absent("the cores of the machine divided by its ranks"),
         "threads per rank", "Compute threads."),
     key("trace_steps", IntegerPair(1, MAX_STEPS), Absent("no trace"), "steps",

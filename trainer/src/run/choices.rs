@@ -1,9 +1,9 @@
 //! What a run chooses by its machine: written into every manifest, and compared on resume.
 //!
-//! The dtype is kept, since it decides what the run computes; so is an engine that was chosen by
-//! measurement. Which instructions compute it, and which engine where that is known beforehand,
-//! follows the machine: the loss curve is the same up to rounding, its bits are not, so a change is
-//! an event.
+//! The dtype is kept, since it decides what the run computes; so is the engine of products where it
+//! is not known which one is faster. Which instructions compute it, and which engine where that is
+//! known, follows the machine: the loss curve is the same up to rounding, its bits are not, so a
+//! change is an event.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -73,9 +73,9 @@ pub(super) fn choose_dtype(
     Ok(if bf16 == 1 { Dtype::Bf16 } else { Dtype::Fp32 })
 }
 
-/// Chooses the engine of products where it is not known which one is faster: what the run began
-/// with, or else the faster one in a trial on the leader, which a deterministic run goes without. All
-/// ranks compute alike.
+/// Chooses the engine of products where it is not known which one is faster: what the checkpoint
+/// names, or else the faster one in a trial on the leader, which a deterministic run goes without. All
+/// ranks with such a processor compute alike.
 pub(super) fn choose_products(
     config: &Config,
     ranks: &Ranks,
@@ -84,21 +84,21 @@ pub(super) fn choose_products(
     dtype: Dtype,
 ) -> Result<(), RunError> {
     let kind = kind(dtype);
-    if probe::has_amx_bf16() && simd::requested() == Ok(None) && simd::level() < Level::Amx {
-        tracing::warn!(
-            "the processor has AMX, but the system does not grant it or its products come out wrong: \
-             attention is computed by {}",
-            simd::level().name()
-        );
-    }
     let stage = &config.stages[0];
     let rows = (stage.micro_batch * stage.seq_len).min(TRIAL_ROWS);
     let [libtorch] = ranks.leaders_choice(|| {
-        let recorded = origin.recorded(PRODUCTS).and_then(|name| name.parse().ok());
+        if kind == Kind::BFloat16 {
+            warn_without_tiles();
+        }
+        let recorded = origin.recorded(PRODUCTS).map(|name| name.parse());
+        let recorded = recorded.transpose().unwrap_or_else(|reason: String| {
+            tracing::warn!("the checkpoint's choice is not taken: {reason}");
+            None
+        });
         let engine = match Engine::known(kind).or(recorded) {
             Some(engine) => engine,
             None if config.run.deterministic => Engine::Own,
-            None => try_both(kind, rows, &largest_weights(&plan.units))?,
+            None => try_both(kind, rows, &block_weights(&plan.units))?,
         };
         Ok([u64::from(engine == Engine::Libtorch)])
     })?;
@@ -108,6 +108,17 @@ pub(super) fn choose_products(
         Engine::Own.choose();
     }
     Ok(())
+}
+
+/// Says why a processor with AMX computes without.
+fn warn_without_tiles() {
+    if probe::has_amx_bf16() && simd::requested() == Ok(None) && simd::level() < Level::Amx {
+        tracing::warn!(
+            "the processor has AMX, but the system does not grant it or its products come out wrong: \
+             the trainer's own operations use {}",
+            simd::level().name()
+        );
+    }
 }
 
 /// The faster engine.
@@ -125,7 +136,7 @@ fn try_both(kind: Kind, rows: usize, weights: &[[usize; 2]]) -> Result<Engine, R
 }
 
 /// The matrices of the unit that has the most of them, a block.
-fn largest_weights(units: &Units) -> Vec<[usize; 2]> {
+fn block_weights(units: &Units) -> Vec<[usize; 2]> {
     let matrices = |unit: &Unit| -> Vec<[usize; 2]> {
         let shapes = unit.matrices.iter().map(|matrix| matrix.shape());
         shapes.filter_map(|shape| shape.try_into().ok()).collect()
@@ -171,7 +182,7 @@ mod tests {
         let golden = Golden::open("gradients");
         let (model, ..) = golden::model(&golden.facts["cases"]["long_1024"]["model"]);
         let units = describe(&model, |_| true, |_| true).unwrap();
-        let weights = largest_weights(&units);
+        let weights = block_weights(&units);
         assert_eq!(weights.len(), 4, "qkv, out, gate and up, down: {weights:?}");
         let head_rows = model.num_heads + 2 * model.num_kv_heads;
         assert!(weights.contains(&[head_rows * model.head_dim, model.hidden_size]));

@@ -70,6 +70,7 @@ impl<'a> Trainer<'a> {
             config_change,
             data_change,
         } = Begun::new(config, comm, watch, &ranks, &plan, options)?;
+        choose_products(config, &ranks, &plan, &origin, dtype)?;
         let (run_id, attempt, began) = identify(config, &ranks, &origin)?;
         let open_metrics = |folder: &RunFolder| {
             folder.write_config(&config.resolved_toml()?)?;
@@ -226,7 +227,6 @@ impl Begun {
             }
             ranks.together(origin.check(&plan.units))?;
             let dtype = choose_dtype(config, ranks, &origin)?;
-            choose_products(config, ranks, plan, &origin, dtype)?;
             let recorded = match &origin {
                 Origin::Resume(checkpoint) => checkpoint.meta().dataset_lock.as_deref(),
                 _ => None,

@@ -21,7 +21,7 @@ pub trait Gate: Copy + Send + Sync + 'static {
     fn argument<S: Simd>(simd: S, x: S::F) -> S::F;
 
     /// `x · z'(x)`
-    fn slope<S: Simd>(simd: S, x: S::F) -> S::F;
+    fn scaled_slope<S: Simd>(simd: S, x: S::F) -> S::F;
 }
 
 /// `silu(x) = x · σ(x)`
@@ -40,7 +40,7 @@ impl Gate for Silu {
     }
 
     #[inline(always)]
-    fn slope<S: Simd>(_: S, x: S::F) -> S::F {
+    fn scaled_slope<S: Simd>(_: S, x: S::F) -> S::F {
         x
     }
 }
@@ -68,7 +68,7 @@ impl Gate for GeluTanh {
     }
 
     #[inline(always)]
-    fn slope<S: Simd>(simd: S, x: S::F) -> S::F {
+    fn scaled_slope<S: Simd>(simd: S, x: S::F) -> S::F {
         Self::cubic(simd, x, 3.0 * Self::CUBE)
     }
 }
@@ -221,7 +221,7 @@ fn slopes<S: Simd, T: Float, G: Gate>(simd: S, d: S::F, gate: S::F, up: S::F) ->
     );
     let ds = simd.mul(d, s);
     // (g · σ(z))' = σ(z) · (1 + g · z' · (1 − σ(z)))
-    let slope = simd.fma(G::slope(simd, gate), simd.sub(one, s), one);
+    let slope = simd.fma(G::scaled_slope(simd, gate), simd.sub(one, s), one);
     [simd.mul(simd.mul(ds, up), slope), simd.mul(ds, gate)]
 }
 

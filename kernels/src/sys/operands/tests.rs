@@ -4,8 +4,8 @@ use crate::testing::*;
 
 #[test]
 fn a_tensor_on_a_gpu_is_unsupported_for_now() {
-    let error = on_cpu("swiglu.forward", "y", Device::Cuda(1), Kind::BFloat16).unwrap_err();
-    let expected = "swiglu.forward: `y` is BFloat16 on Cuda(1), which this build has no \
+    let error = on_cpu("linear_glu.forward", "y", Device::Cuda(1), Kind::BFloat16).unwrap_err();
+    let expected = "linear_glu.forward: `y` is BFloat16 on Cuda(1), which this build has no \
                     kernel for; use float32 or bfloat16 tensors on the CPU";
     assert_eq!(error.to_string(), expected);
 }
