@@ -7,7 +7,8 @@ one sample of 1024 tokens per rank and step: Oxitron, DistributedDataParallel, a
 several rounds. Gradients are reduced in fp32 by all three. `--scaling` measures besides how much
 Oxitron loses by two ranks of one thread against one rank of two, at 16,384 tokens a step.
 
-Bars, tokens per second: 1.2 times DDP, 1.5 times FSDP2; two ranks reach 0.85 of one.
+Bars, tokens per second, on a processor with AMX: 2.5 times DDP, 3 times FSDP2; elsewhere 1.2 and 1.5
+times. Two ranks reach 0.85 of one.
 """
 
 import argparse
@@ -227,8 +228,9 @@ def measure(args: argparse.Namespace, bench: Bench) -> int:
         print(f"{RANKS} ranks of 1 thread, {RANKS * SEQ_LEN} tokens a step", flush=True)
         ours, ddp, fsdp2 = found = in_turns(sides, args.rounds)
         tables.append(print_sides(sides, found, parameters))
-        bars += [Bar("Oxitron / DDP", ratio(ours, ddp), ">=", 1.2)]
-        bars += [Bar("Oxitron / FSDP2", ratio(ours, fsdp2), ">=", 1.5)]
+        ddp_bar, fsdp2_bar = (2.5, 3.0) if outcome.has_amx() else (1.2, 1.5)
+        bars += [Bar("Oxitron / DDP", ratio(ours, ddp), ">=", ddp_bar)]
+        bars += [Bar("Oxitron / FSDP2", ratio(ours, fsdp2), ">=", fsdp2_bar)]
         figures["tokens_per_second"] = {s.name: speeds(r) for s, r in zip(sides, found)}
     if args.scaling:
         sides = bench.scaling_sides()
