@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,14 +222,7 @@ def measure(args: argparse.Namespace, binary: Path, folder: Path) -> int:
 
 def main() -> int:
     args = arguments()
-    binary = runs.existing_binary(args.binary)
-    runs.end_with_signals()
-    with tempfile.TemporaryDirectory(prefix="oxitron-breakdown-") as name:
-        try:
-            return measure(args, binary, Path(name))
-        except runs.RunFailed as error:
-            print(error, file=sys.stderr)
-            return 1
+    return runs.in_scratch("breakdown", args.binary, lambda *where: measure(args, *where))
 
 
 if __name__ == "__main__":

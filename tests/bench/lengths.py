@@ -15,20 +15,18 @@ import argparse
 import os
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 
 import outcome
 import runs
 import shards
-from model import LLAMA_55M, Model
+from model import LLAMA_55M, TINY
 from outcome import Bar
 from runs import Launcher, Settings
 
 DOCUMENT = 4096
 LENGTHS = (4096, 8192, 16384, 32768)
 MEBIBYTE = 1 << 20
-TINY = Model(1024, 128, 352, num_layers=2, num_heads=2, num_kv_heads=1)
 
 
 def arguments() -> argparse.Namespace:
@@ -110,14 +108,7 @@ def measure(args: argparse.Namespace, binary: Path, folder: Path) -> int:
 
 def main() -> int:
     args = arguments()
-    binary = runs.existing_binary(args.binary)
-    runs.end_with_signals()
-    with tempfile.TemporaryDirectory(prefix="oxitron-lengths-") as name:
-        try:
-            return measure(args, binary, Path(name))
-        except runs.RunFailed as error:
-            print(error, file=sys.stderr)
-            return 1
+    return runs.in_scratch("lengths", args.binary, lambda *where: measure(args, *where))
 
 
 if __name__ == "__main__":

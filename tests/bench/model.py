@@ -49,3 +49,5 @@ class Model:
 
 LLAMA_55M = Model(32000, 512, 1408, num_layers=8, num_heads=8, num_kv_heads=2)
 """What most benches train."""
+TINY = Model(1024, 128, 352, num_layers=2, num_heads=2, num_kv_heads=1)
+"""What `--quick` trains."""

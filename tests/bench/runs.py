@@ -7,6 +7,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,19 @@ def existing_binary(path: str) -> Path:
     if not binary.is_file():
         sys.exit(f"{binary} is missing: make build, or name it with --binary")
     return binary
+
+
+def in_scratch(bench: str, binary: str, measure: Callable[[Path, Path], int]) -> int:
+    """Measures with a binary, which is looked for first, in a folder that is gone afterwards,
+    whatever happens; the exit code."""
+    found = existing_binary(binary)
+    end_with_signals()
+    with tempfile.TemporaryDirectory(prefix=f"oxitron-{bench}-") as name:
+        try:
+            return measure(found, Path(name))
+        except RunFailed as error:
+            print(error, file=sys.stderr)
+            return 1
 
 
 @dataclass(frozen=True)

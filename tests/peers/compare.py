@@ -15,7 +15,6 @@ import argparse
 import json
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -250,14 +249,7 @@ def measure(args: argparse.Namespace, bench: Bench) -> int:
 
 def main() -> int:
     args = arguments()
-    binary = runs.existing_binary(args.binary)
-    runs.end_with_signals()
-    with tempfile.TemporaryDirectory(prefix="oxitron-peers-") as name:
-        try:
-            return measure(args, Bench(args, binary, Path(name)))
-        except runs.RunFailed as error:
-            print(error, file=sys.stderr)
-            return 1
+    return runs.in_scratch("peers", args.binary, lambda *where: measure(args, Bench(args, *where)))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,12 +27,11 @@ sys.path.insert(1, str(HERE.parent / "bench"))
 import outcome
 import runs
 import shards
-from model import LLAMA_55M, Model
+from model import LLAMA_55M, TINY, Model
 from outcome import Bar
 from runs import Launcher, Settings
 
 LARGER = Model(50257, 768, 2048, num_layers=12, num_heads=12, num_kv_heads=12)  # 162 million
-TINY = Model(1024, 128, 352, num_layers=2, num_heads=2, num_kv_heads=1)
 
 
 @dataclass(frozen=True)
@@ -246,14 +244,7 @@ def measure(args: argparse.Namespace, bench: Bench) -> int:
 
 def main() -> int:
     args = arguments()
-    binary = runs.existing_binary(args.binary)
-    runs.end_with_signals()
-    with tempfile.TemporaryDirectory(prefix="oxitron-steps-") as name:
-        try:
-            return measure(args, Bench(args, binary, Path(name)))
-        except runs.RunFailed as error:
-            print(error, file=sys.stderr)
-            return 1
+    return runs.in_scratch("steps", args.binary, lambda *where: measure(args, Bench(args, *where)))
 
 
 if __name__ == "__main__":
