@@ -219,34 +219,34 @@ mod tests {
 
     #[test]
     fn many_threads_find_enough_blocks_of_one_size() {
+        // The gradient of a small weight: 512 of the smallest blocks, for up to 96 threads.
+        const SMALL: [usize; 3] = [512, 2048, 512];
         // Products of a small and of a wide model, 2048 tokens.
         let sizes = [
             [2048, 512, 768],
             [2048, 512, 512],
             [2048, 512, 2816],
             [2048, 1408, 512],
-            [512, 2048, 512],
+            SMALL,
             [2048, 2048, 3072],
             [2048, 2048, 11008],
             [2048, 5504, 2048],
             [1024, 512, 32000],
         ];
-        let mut least = 1f64;
         for threads in 1..=96 {
             for size in sizes {
+                let bound = if size == SMALL { 0.7 } else { 0.8 };
                 for (name, busy) in [
                     ("fp32", busy::<f32>(size, threads, 16)),
                     ("bf16", busy::<half::bf16>(size, threads, 32)),
                     ("tiles", busy::<half::bf16>(size, threads, 512)),
                 ] {
-                    least = least.min(busy);
                     assert!(
-                        busy > 0.7,
+                        busy > bound,
                         "{name} {size:?} on {threads} threads: {busy:.2}"
                     );
                 }
             }
         }
-        println!("no number of threads is busy for less than {least:.2} of the time");
     }
 }
