@@ -3,6 +3,19 @@
 
 use std::path::{Path, PathBuf};
 
+/// The files of the shim.
+const SHIM: [&str; 9] = [
+    "allocator",
+    "attention",
+    "device",
+    "device_memory",
+    "generator",
+    "host_waits",
+    "numerics",
+    "product",
+    "stream",
+];
+
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=src/shim");
@@ -25,7 +38,7 @@ fn main() {
         .std("c++17")
         .define("_GLIBCXX_USE_CXX11_ABI", abi.as_str())
         .flag(format!("-isystem{}", include.display()))
-        .file("src/shim/allocator.cpp")
+        .files(SHIM.map(|name| format!("src/shim/{name}.cpp")))
         .compile("oxitron_shim");
     println!("cargo:rustc-link-lib=c10");
 }

@@ -11,12 +11,15 @@
 
 use tch::Tensor;
 
-use crate::Error;
+use crate::decision::Decision;
 use crate::float::{Float, with_float};
 use crate::simd::simd;
 use crate::sys::operands::{Operands, sizes};
 use crate::sys::parallel::parallel_split;
 use crate::sys::split::Rows;
+use crate::{Error, cuda};
+
+mod on_gpu;
 
 const OP: &str = "adamw.step";
 
@@ -25,6 +28,7 @@ const GRAIN: usize = 8192;
 
 /// Hyper-parameters of one step over one range of parameters.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[repr(C)]
 pub struct AdamW {
     /// Learning rate of this step.
     pub lr: f64,
@@ -36,10 +40,6 @@ pub struct AdamW {
     pub eps: f64,
     /// Decoupled weight decay; 0 for norms and biases.
     pub weight_decay: f64,
-    /// The gradient is multiplied by this first: clip factor over the number of valid tokens.
-    pub grad_scale: f64,
-    /// Adam's time after this step, counted from 1; it corrects the moments' bias.
-    pub step: u64,
 }
 
 /// The state of one flat range of parameters, all `[n]`.
@@ -66,34 +66,36 @@ struct Scalars {
 }
 
 /// One step: `grad: [n]` fp32 is read, `state` updated, and the new weights are also written to
-/// `weight_out: [n]` (fp32 or bf16, rounded to nearest even) where given. Elementwise: same bits
-/// on any number of threads and any split of the range.
+/// `weight_out: [n]` (fp32 or bf16, rounded to nearest even) where given. The gradient's factor and
+/// Adam's time are those of the `decision`; where that is to skip the step, nothing is written.
+/// Elementwise: same bits on any number of threads and any split of the range.
 ///
 /// # Errors
-/// The argument errors of [`Error`]; [`Error::Argument`] if `step` is 0.
+/// The argument errors of [`Error`].
 pub fn step(
     adamw: &AdamW,
     state: State<'_>,
     grad: &Tensor,
     weight_out: Option<&mut Tensor>,
+    decision: &Decision,
 ) -> Result<(), Error> {
     let [n] = sizes(OP, "master", state.master)?;
-    if adamw.step == 0 {
-        let message = "Adam's time is counted from 1, found 0".to_owned();
-        return Err(Error::Argument { op: OP, message });
+    if let Some(gpu) = cuda::of(OP, "master", state.master)? {
+        return on_gpu::step(&gpu, n, adamw, state, grad, weight_out, decision);
     }
-    let power = i32::try_from(adamw.step).unwrap_or(i32::MAX);
-    let correction1 = 1.0 - adamw.beta1.powi(power);
-    let correction2 = 1.0 - adamw.beta2.powi(power);
+    let decision = decision.state(OP)?;
+    if decision.update == 0 {
+        return Ok(());
+    }
     let scalars = Scalars {
         decay: (1.0 - adamw.lr * adamw.weight_decay) as f32,
-        grad_scale: adamw.grad_scale as f32,
+        grad_scale: decision.gradient_scale as f32,
         one_minus_beta1: (1.0 - adamw.beta1) as f32,
         beta2: adamw.beta2 as f32,
         one_minus_beta2: (1.0 - adamw.beta2) as f32,
-        root_correction2: correction2.sqrt() as f32,
+        root_correction2: decision.correction2.sqrt() as f32,
         eps: adamw.eps as f32,
-        minus_step_size: -(adamw.lr / correction1) as f32,
+        minus_step_size: -(adamw.lr / decision.correction1) as f32,
     };
     with_float!(OP, "exp_avg", state.exp_avg => M: {
         match weight_out {
@@ -174,31 +176,44 @@ mod tests {
 
     const N: i64 = 20_011;
 
-    fn hyper(step: u64) -> AdamW {
-        AdamW {
-            lr: 3e-3,
-            beta1: 0.9,
-            beta2: 0.95,
-            eps: 1e-8,
-            weight_decay: 0.1,
-            grad_scale: 0.37,
-            step,
-        }
+    const SCALE: f64 = 0.37;
+    const HYPER: AdamW = AdamW {
+        lr: 3e-3,
+        beta1: 0.9,
+        beta2: 0.95,
+        eps: 1e-8,
+        weight_decay: 0.1,
+    };
+
+    /// As [`super::step`], in Adam's step number `time`.
+    fn step(
+        time: u64,
+        state: State<'_>,
+        grad: &Tensor,
+        weight_out: Option<&mut Tensor>,
+    ) -> Result<(), Error> {
+        let betas = [HYPER.beta1, HYPER.beta2];
+        let decision = Decision::updating(SCALE, time, betas, device());
+        super::step(&HYPER, state, grad, weight_out, &decision)
     }
 
     /// `torch.optim.AdamW` op by op, in the dtype of its arguments.
-    fn torch_step(a: &AdamW, w: &mut Tensor, m: &mut Tensor, v: &mut Tensor, grad: &Tensor) {
-        let g = grad * a.grad_scale;
+    fn torch_step(time: u64, w: &mut Tensor, m: &mut Tensor, v: &mut Tensor, grad: &Tensor) {
+        let (a, g) = (HYPER, grad * SCALE);
         let _ = w.g_mul_scalar_(1.0 - a.lr * a.weight_decay);
         let _ = m.lerp_(&g, 1.0 - a.beta1);
         let _ = v.g_mul_scalar_(a.beta2);
         *v += &g * &g * (1.0 - a.beta2);
-        let correction = |beta: f64| 1.0 - beta.powi(a.step as i32);
+        let correction = |beta: f64| 1.0 - beta.powi(time as i32);
         let denominator = v.sqrt() / correction(a.beta2).sqrt() + a.eps;
         *w -= &*m / denominator * (a.lr / correction(a.beta1));
     }
 
     #[test]
+    fn follows_torch_everywhere() {
+        everywhere(follows_torch_in_fp32_and_fp64_for_twenty_steps);
+    }
+
     fn follows_torch_in_fp32_and_fp64_for_twenty_steps() {
         let start = normal("w", &[N], Kind::Float);
         let zero = || zeros(&[N], Kind::Float);
@@ -207,16 +222,21 @@ mod tests {
         let wide = |x: Tensor| x.to_kind(Kind::Double);
         let (mut w64, mut m64, mut v64) = (wide(start.copy()), wide(zero()), wide(zero()));
         for step_number in 1..=20 {
-            let hyper = hyper(step_number);
             let grad = normal(&format!("grad {step_number}"), &[N], Kind::Float);
             let state = State {
                 master: &mut w,
                 exp_avg: &mut m,
                 exp_avg_sq: &mut v,
             };
-            step(&hyper, state, &grad, None).unwrap();
-            torch_step(&hyper, &mut w32, &mut m32, &mut v32, &grad);
-            torch_step(&hyper, &mut w64, &mut m64, &mut v64, &wide(grad.copy()));
+            step(step_number, state, &grad, None).unwrap();
+            torch_step(step_number, &mut w32, &mut m32, &mut v32, &grad);
+            torch_step(
+                step_number,
+                &mut w64,
+                &mut m64,
+                &mut v64,
+                &wide(grad.copy()),
+            );
         }
         for (name, own, fp32, fp64) in [
             ("w", &w, &w32, &w64),
@@ -231,6 +251,10 @@ mod tests {
 
     #[test]
     fn writes_the_rounded_weight_in_the_same_pass() {
+        everywhere(writes_the_rounded_weight);
+    }
+
+    fn writes_the_rounded_weight() {
         for kind in [Kind::Float, Kind::BFloat16] {
             let mut w = normal("w", &[N], Kind::Float);
             let (mut m, mut v) = (zeros(&[N], Kind::Float), zeros(&[N], Kind::Float));
@@ -241,7 +265,7 @@ mod tests {
                 exp_avg_sq: &mut v,
             };
             let grad = normal("g", &[N], Kind::Float);
-            step(&hyper(1), state, &grad, Some(&mut out)).unwrap();
+            step(1, state, &grad, Some(&mut out)).unwrap();
             assert_eq!(bits(&out), bits(&w.to_kind(kind)));
         }
     }
@@ -249,6 +273,10 @@ mod tests {
     /// The same step with moments in fp32, and rounded afterwards; and against PyTorch's arithmetic
     /// with moments that are rounded after every step.
     #[test]
+    fn moments_in_bf16_are_rounded_when_stored() {
+        everywhere(moments_in_bf16_are_those_in_fp32_rounded_when_stored);
+    }
+
     fn moments_in_bf16_are_those_in_fp32_rounded_when_stored() {
         let narrow = |x: &Tensor| x.to_kind(Kind::BFloat16);
         let wide = |x: &Tensor| x.to_kind(Kind::Float);
@@ -257,7 +285,6 @@ mod tests {
         let (mut w, mut m, mut v) = (start.copy(), zero(), zero());
         let (mut w_torch, mut m_torch, mut v_torch) = (start.copy(), zero(), zero());
         for step_number in 1..=20 {
-            let hyper = hyper(step_number);
             let grad = normal(&format!("grad {step_number}"), &[N], Kind::Float);
             let (mut w32, mut m32, mut v32) = (w.copy(), wide(&m), wide(&v));
             let state = State {
@@ -265,21 +292,21 @@ mod tests {
                 exp_avg: &mut m32,
                 exp_avg_sq: &mut v32,
             };
-            step(&hyper, state, &grad, None).unwrap();
+            step(step_number, state, &grad, None).unwrap();
             let state = State {
                 master: &mut w,
                 exp_avg: &mut m,
                 exp_avg_sq: &mut v,
             };
             let mut out = poison(&[N], Kind::BFloat16);
-            step(&hyper, state, &grad, Some(&mut out)).unwrap();
+            step(step_number, state, &grad, Some(&mut out)).unwrap();
             assert!(bits(&w) == bits(&w32), "step {step_number}");
             assert!(bits(&m) == bits(&narrow(&m32)), "step {step_number}");
             assert!(bits(&v) == bits(&narrow(&v32)), "step {step_number}");
             assert!(bits(&out) == bits(&narrow(&w)), "step {step_number}");
 
             let (mut m32, mut v32) = (wide(&m_torch), wide(&v_torch));
-            torch_step(&hyper, &mut w_torch, &mut m32, &mut v32, &grad);
+            torch_step(step_number, &mut w_torch, &mut m32, &mut v32, &grad);
             (m_torch, v_torch) = (narrow(&m32), narrow(&v32));
         }
         // Where the two differ in the last bit of fp32, one may round up and the other down.
@@ -296,10 +323,20 @@ mod tests {
     }
 
     fn any_split(moments: Kind) {
-        fn run(cuts: &[i64], moments: Kind) -> Vec<u32> {
-            let w = normal("w", &[N], Kind::Float);
-            let (m, v) = (zeros(&[N], moments), zeros(&[N], moments));
-            let grad = normal("g", &[N], Kind::Float);
+        let whole = run(&[0, N], moments);
+        let cut = move || run(&[0, 1, 64, 9000, 9001, N], moments);
+        assert_level_independent(move || run(&[0, N], moments));
+        assert!(whole == cut());
+        // Kernels of GPUs round where the CPU does.
+        assert_order_independent(cut);
+        on_gpu(|| assert!(whole == run(&[0, N], moments) && whole == cut()));
+    }
+
+    fn run(cuts: &[i64], moments: Kind) -> Vec<u32> {
+        let w = normal("w", &[N], Kind::Float);
+        let (m, v) = (zeros(&[N], moments), zeros(&[N], moments));
+        let grad = normal("g", &[N], Kind::Float);
+        for time in 1..=3 {
             for pair in cuts.windows(2) {
                 let part = |x: &Tensor| x.narrow(0, pair[0], pair[1] - pair[0]);
                 let state = State {
@@ -307,16 +344,41 @@ mod tests {
                     exp_avg: &mut part(&m),
                     exp_avg_sq: &mut part(&v),
                 };
-                step(&hyper(3), state, &part(&grad), None).unwrap();
+                step(time, state, &part(&grad), None).unwrap();
             }
-            [bits(&w), bits(&m), bits(&v)].concat()
         }
-        assert_level_independent(move || run(&[0, N], moments));
-        assert!(run(&[0, N], moments) == run(&[0, 1, 64, 9000, 9001, N], moments));
+        [bits(&w), bits(&m), bits(&v)].concat()
     }
 
     #[test]
-    fn refuses_time_zero_and_other_lengths() {
+    fn a_step_that_is_skipped_writes_nothing() {
+        everywhere(|| {
+            let (mut w, mut m, mut v) = (
+                normal("w", &[N], Kind::Float),
+                normal("m", &[N], Kind::Float),
+                normal("v", &[N], Kind::Float),
+            );
+            let mut out = normal("out", &[N], Kind::BFloat16);
+            let all = |tensors: [&Tensor; 4]| tensors.map(bits);
+            let before = all([&w, &m, &v, &out]);
+            let state = State {
+                master: &mut w,
+                exp_avg: &mut m,
+                exp_avg_sq: &mut v,
+            };
+            let skip = Decision::new(5, device()).unwrap();
+            let grad = poison(&[N], Kind::Float);
+            super::step(&HYPER, state, &grad, Some(&mut out), &skip).unwrap();
+            assert!(all([&w, &m, &v, &out]) == before);
+        });
+    }
+
+    #[test]
+    fn other_lengths_and_dtypes_are_refused_everywhere() {
+        everywhere(other_lengths_and_dtypes_are_refused);
+    }
+
+    fn other_lengths_and_dtypes_are_refused() {
         let zero = || zeros(&[4], Kind::Float);
         let (mut w, mut m, mut v) = (zero(), zero(), zero());
         let state = State {
@@ -324,18 +386,7 @@ mod tests {
             exp_avg: &mut m,
             exp_avg_sq: &mut v,
         };
-        assert!(
-            step(&hyper(0), state, &zero(), None)
-                .unwrap_err()
-                .to_string()
-                .contains("from 1")
-        );
-        let state = State {
-            master: &mut w,
-            exp_avg: &mut m,
-            exp_avg_sq: &mut v,
-        };
-        let error = step(&hyper(1), state, &zeros(&[5], Kind::Float), None).unwrap_err();
+        let error = step(1, state, &zeros(&[5], Kind::Float), None).unwrap_err();
         assert!(
             matches!(error, Error::Shape { tensor: "grad", .. }),
             "{error}"
@@ -345,9 +396,7 @@ mod tests {
             exp_avg: &mut zeros(&[4], Kind::BFloat16),
             exp_avg_sq: &mut v,
         };
-        let error = step(&hyper(1), state, &zero(), None)
-            .unwrap_err()
-            .to_string();
+        let error = step(1, state, &zero(), None).unwrap_err().to_string();
         assert!(error.contains("exp_avg_sq"), "{error}");
     }
 }

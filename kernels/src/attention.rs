@@ -5,8 +5,9 @@
 //! follows `Σ len²` over documents, memory is linear in the number of tokens, keys and values are
 //! not expanded to the query heads, and results have the same bits on any number of threads.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
+use crate::cuda::{self, Gpu};
 use crate::error::torch;
 use crate::float::with_float;
 use crate::microkernel::Dtype;
@@ -15,6 +16,7 @@ use crate::{DocumentStarts, Error, Workspace, WorkspacePlan};
 use flash::{Heads, HeadsMut, Passes};
 
 pub mod flash;
+mod on_gpu;
 
 /// Name of a buffer.
 const SCRATCH: &str = "attention";
@@ -34,6 +36,9 @@ pub struct Inputs<'a> {
     pub v: &'a Tensor,
     /// Where documents begin; its batch and length are those of the tensors.
     pub documents: &'a DocumentStarts,
+    /// [`DocumentStarts::cumulative`] on the device, `[documents + 1]` int32: where a GPU computes on
+    /// samples of several documents.
+    pub starts: Option<&'a Tensor>,
     /// Factor of the scores, usually `1 / √d`.
     pub scale: f64,
 }
@@ -113,6 +118,9 @@ pub fn plan(
     tokens: usize,
     heads: [usize; 3],
 ) -> Result<(), Error> {
+    if workspace.device() != Device::Cpu {
+        return Ok(());
+    }
     let len = match kind {
         Kind::BFloat16 => flash::scratch_len::<half::bf16>(tokens, heads, Passes::Both)?,
         _ => flash::scratch_len::<f32>(tokens, heads, Passes::Both)?,
@@ -133,6 +141,9 @@ pub fn forward(
     workspace: &mut Workspace,
 ) -> Result<(), Error> {
     let shape = inputs.shape(FORWARD)?;
+    if let Some(Gpu::Real(device)) = cuda::of(FORWARD, "q", inputs.q)? {
+        return on_gpu::forward(FORWARD, device, inputs, shape, out, lse);
+    }
     with_float!(FORWARD, "q", inputs.q => T: {
         let mut operands = Operands::new(FORWARD);
         let heads = inputs.heads::<T>(&mut operands, &shape)?;
@@ -159,6 +170,9 @@ pub fn backward(
     workspace: &mut Workspace,
 ) -> Result<(), Error> {
     let shape = inputs.shape(BACKWARD)?;
+    if let Some(Gpu::Real(device)) = cuda::of(BACKWARD, "q", inputs.q)? {
+        return on_gpu::backward(BACKWARD, device, inputs, shape, [out, lse, dout], gradients);
+    }
     with_float!(BACKWARD, "q", inputs.q => T: {
         let mut operands = Operands::new(BACKWARD);
         let arguments = inputs.heads::<T>(&mut operands, &shape)?;
@@ -199,6 +213,7 @@ pub fn reference(inputs: &Inputs<'_>) -> Result<Tensor, Error> {
         v,
         documents,
         scale,
+        ..
     } = *inputs;
     let document_of: Vec<i64> = documents
         .documents()

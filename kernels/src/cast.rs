@@ -2,12 +2,14 @@
 
 use tch::Tensor;
 
-use crate::Error;
 use crate::float::{Float, with_float};
 use crate::simd::simd;
 use crate::sys::operands::{Operands, shape_of};
 use crate::sys::parallel::parallel_split;
 use crate::sys::split::Rows;
+use crate::{Error, cuda};
+
+pub(crate) mod on_gpu;
 
 const FORWARD: &str = "cast.forward";
 const ACCUMULATE: &str = "cast.accumulate";
@@ -22,6 +24,9 @@ const GRAIN: usize = 4096;
 /// The argument errors of [`Error`].
 pub fn forward(x: &Tensor, out: &mut Tensor) -> Result<(), Error> {
     let shape = shape_of(out);
+    if let Some(gpu) = cuda::of(FORWARD, "x", x)? {
+        return on_gpu::forward(&gpu, &shape, x, out);
+    }
     with_float!(FORWARD, "x", x => A: with_float!(FORWARD, "out", out => B: {
         let mut operands = Operands::new(FORWARD);
         let x = operands.read::<A>("x", x, &shape)?;
@@ -47,6 +52,9 @@ fn convert<A: Float, B: Float>(x: &[A], out: &mut [B]) {
 /// The argument errors of [`Error`].
 pub fn accumulate(x: &Tensor, out: &mut Tensor) -> Result<(), Error> {
     let shape = shape_of(out);
+    if let Some(gpu) = cuda::of(ACCUMULATE, "x", x)? {
+        return on_gpu::accumulate(&gpu, &shape, x, out);
+    }
     with_float!(ACCUMULATE, "x", x => A: {
         let mut operands = Operands::new(ACCUMULATE);
         let x = operands.read::<A>("x", x, &shape)?;
@@ -74,6 +82,10 @@ mod tests {
     use tch::Kind;
 
     #[test]
+    fn rounds_as_libtorch_does_everywhere() {
+        everywhere(rounds_as_libtorch_does);
+    }
+
     fn rounds_as_libtorch_does() {
         let special = [
             0.0,
@@ -89,7 +101,7 @@ mod tests {
         let x = Tensor::cat(
             &[
                 normal("x", &[9001], Kind::Float),
-                Tensor::from_slice(&special),
+                Tensor::from_slice(&special).to_device(device()),
             ],
             0,
         );
@@ -105,6 +117,10 @@ mod tests {
     }
 
     #[test]
+    fn accumulates_into_fp32_everywhere() {
+        everywhere(accumulates_into_fp32);
+    }
+
     fn accumulates_into_fp32() {
         for (kind, _) in DTYPES {
             let x = normal("x", &[33, 130], kind);
@@ -128,6 +144,10 @@ mod tests {
     }
 
     #[test]
+    fn refuses_other_shapes_and_dtypes_everywhere() {
+        everywhere(refuses_other_shapes_and_dtypes);
+    }
+
     fn refuses_other_shapes_and_dtypes() {
         let x = zeros(&[4], Kind::Float);
         assert!(forward(&x, &mut zeros(&[5], Kind::Float)).is_err());

@@ -86,6 +86,20 @@ impl DocumentStarts {
         self.documents.len() == self.batch
     }
 
+    /// Tokens of the longest document.
+    pub fn longest(&self) -> usize {
+        let lengths = self.documents.iter().map(|(_, tokens)| tokens.len());
+        lengths.max().unwrap_or(0)
+    }
+
+    /// `[documents + 1]`: where each document begins in the whole batch, and where the last one ends.
+    pub fn cumulative(&self) -> Vec<i32> {
+        let starts = self.documents.iter();
+        let starts = starts.map(|(sample, tokens)| sample * self.seq + tokens.start);
+        let ends = [self.batch * self.seq];
+        starts.chain(ends).map(|at| at as i32).collect()
+    }
+
     /// `[batch · seq]` positions that count from 0 in each document.
     pub fn positions(&self) -> Vec<i64> {
         self.documents
@@ -118,6 +132,10 @@ mod tests {
         assert_eq!(packed.positions(), [0, 1, 0, 0, 1, 0, 1, 2, 3, 4]);
         assert_eq!(packed.attention_pairs(), 3 + 1 + 3 + 15);
         assert!(!packed.is_whole());
+        assert_eq!(
+            (packed.longest(), packed.cumulative()),
+            (5, vec![0, 2, 3, 5, 10])
+        );
         assert_eq!(
             DocumentStarts::whole(1, 5),
             DocumentStarts::new(5, &[[0]]).unwrap()

@@ -5,20 +5,29 @@ use tch::{Device, Kind, TchError};
 /// Why an op refused its arguments or failed. Each message names the op and the tensor.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The op exists, but not for this device or dtype.
+    /// The op exists, but not for this dtype.
     #[error(
-        "{op}: `{tensor}` is {dtype:?} on {device:?}, which this build has no kernel for; \
-         use float32 or bfloat16 tensors on the CPU"
+        "{op}: `{tensor}` is {dtype:?}, which there is no kernel for; use float32 or bfloat16 tensors"
     )]
     Unsupported {
         /// The op that was called.
         op: &'static str,
         /// The argument at fault.
         tensor: &'static str,
-        /// Where the tensor lives.
-        device: Device,
         /// Its dtype.
         dtype: Kind,
+    },
+    /// The arguments of a call lie on more than one device.
+    #[error("{op}: `{tensor}` must be on {expected:?}, found {found:?}; move it there first")]
+    Device {
+        /// The op that was called.
+        op: &'static str,
+        /// The argument at fault.
+        tensor: &'static str,
+        /// Where the op runs.
+        expected: Device,
+        /// Where the tensor lies.
+        found: Device,
     },
     /// A tensor has the wrong shape.
     #[error("{op}: `{tensor}` must have shape {expected:?}, found {found:?}")]
@@ -101,6 +110,14 @@ pub enum Error {
         /// libtorch's own message.
         #[source]
         source: TchError,
+    },
+    /// A kernel could not be built or launched on a GPU, or the GPU cannot be used.
+    #[error("{call}: {message}")]
+    Cuda {
+        /// What was asked for.
+        call: &'static str,
+        /// What went wrong, and the remedy where one is known.
+        message: String,
     },
     /// A call through the C++ shim failed.
     #[error("{call} failed: {message}")]

@@ -143,12 +143,12 @@ pub(crate) fn store_cut<T: Float, S: Simd>(simd: S, x: S::F, row: &mut [T], at: 
     rest.copy_from_slice(&all[..rest.len()]);
 }
 
-/// Runs an expression with a type name standing for the dtype of a CPU tensor: f32 or bf16.
+/// Runs an expression with a type name standing for the dtype of a tensor: f32 or bf16.
 ///
 /// `with_float!(OP, "name", tensor => T: expression)`; the expression is a `Result<_, Error>`.
 macro_rules! with_float {
     ($op:expr, $name:expr, $tensor:expr => $T:ident: $body:expr) => {
-        match $crate::sys::operands::check_device($op, $name, $tensor)? {
+        match $crate::sys::operands::check_dtype($op, $name, $tensor)? {
             tch::Kind::Float => {
                 type $T = f32;
                 $body
@@ -160,7 +160,6 @@ macro_rules! with_float {
             dtype => Err($crate::Error::Unsupported {
                 op: $op,
                 tensor: $name,
-                device: tch::Device::Cpu,
                 dtype,
             }),
         }

@@ -26,7 +26,7 @@
 //!   [`linear_add`], [`linear_glu`]; what they share: [`linear`], [`rope`]; between dtypes:
 //!   [`cast`].
 //! * Ends of the model: [`embedding`], [`linear_cross_entropy`].
-//! * Updating it: [`norm`], [`adamw`]; starting it: [`philox`].
+//! * Updating it: [`norm`], [`decision`], [`adamw`]; starting it: [`philox`].
 //! * The machine: [`Threads`], [`memory`] (bytes of libtorch's CPU tensors, counted by a small C++
 //!   shim), [`probe`] (what this processor does fast), [`stacks`] (what its threads are doing).
 //! * Underneath: [`simd`] compiles plain Rust loops once per instruction set and names vectors where
@@ -37,6 +37,8 @@
 pub mod adamw;
 pub mod attention;
 pub mod cast;
+pub mod cuda;
+pub mod decision;
 mod documents;
 pub mod embedding;
 mod error;
@@ -56,6 +58,7 @@ pub mod probe;
 pub mod product;
 pub mod rms_norm;
 pub mod rope;
+mod shim;
 pub mod simd;
 pub mod stacks;
 pub mod sys;

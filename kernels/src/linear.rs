@@ -7,13 +7,15 @@
 
 use tch::{Kind, Tensor};
 
+use crate::cuda::{Pointers, float};
 use crate::error::torch;
 use crate::float::{Scalar, with_float};
 use crate::matmul::epilogue::{AddTo, Store};
 use crate::matmul::{Columns, Target};
+use crate::product::on_gpu;
 use crate::product::{self, Engine, Input, Product, target};
 use crate::sys::operands::{Operands, sizes};
-use crate::{Error, Workspace, WorkspacePlan};
+use crate::{Error, Workspace, WorkspacePlan, cuda};
 
 mod libtorch;
 mod packed;
@@ -37,6 +39,14 @@ pub fn forward(
 ) -> Result<(), Error> {
     let [n, i] = sizes(FORWARD, "x", x)?;
     let [o, _] = sizes(FORWARD, "w", w)?;
+    if let Some(gpu) = cuda::of(FORWARD, "x", x)? {
+        let (t, _) = float(FORWARD, "x", x)?;
+        let mut pointers = Pointers::new(FORWARD, &gpu);
+        pointers.read_matrix("x", x, t, [n, i])?;
+        pointers.read_matrix("w", w, t, [o, i])?;
+        pointers.write_matrix("y", y, t, [n, o])?;
+        return on_gpu::forward(&gpu, FORWARD, x, w, y);
+    }
     with_float!(FORWARD, "x", x => T: {
         let mut operands = Operands::new(FORWARD);
         let product = Product::Forward(
@@ -65,6 +75,14 @@ pub fn backward_input(
     const OP: &str = BACKWARD_INPUT;
     let [n, o] = sizes(OP, "dy", dy)?;
     let [_, i] = sizes(OP, "w", w)?;
+    if let Some(gpu) = cuda::of(OP, "dy", dy)? {
+        let (t, _) = float(OP, "dy", dy)?;
+        let mut pointers = Pointers::new(OP, &gpu);
+        pointers.read_matrix("dy", dy, t, [n, o])?;
+        pointers.read_matrix("w", w, t, [o, i])?;
+        pointers.write_matrix("dx", dx, t, [n, i])?;
+        return on_gpu::backward_input(&gpu, OP, dy, w, dx);
+    }
     with_float!(OP, "dy", dy => T: {
         let mut operands = Operands::new(OP);
         let product = Product::BackwardInput(
@@ -94,6 +112,14 @@ pub fn backward_weight(
     const OP: &str = BACKWARD_WEIGHT;
     let [n, o] = sizes(OP, "dy", dy)?;
     let [_, i] = sizes(OP, "x", x)?;
+    if let Some(gpu) = cuda::of(OP, "dy", dy)? {
+        let (t, _) = float(OP, "dy", dy)?;
+        let mut pointers = Pointers::new(OP, &gpu);
+        pointers.read_matrix("dy", dy, t, [n, o])?;
+        pointers.read_matrix("x", x, t, [n, i])?;
+        pointers.write("dw", dw, Kind::Float, &[o, i])?;
+        return on_gpu::backward_weight(&gpu, OP, dy, x, dw);
+    }
     with_float!(OP, "dy", dy => T: {
         let mut operands = Operands::new(OP);
         let product = Product::BackwardWeight(
@@ -116,6 +142,9 @@ pub fn backward_weight(
 /// What [`backward_input`] and [`backward_weight`] take from the workspace for `n` rows and `w: [o, i]`
 /// of `kind`.
 pub fn plan_backward(workspace: &mut WorkspacePlan, kind: Kind, n: usize, [o, i]: [usize; 2]) {
+    if workspace.on_gpu() {
+        return;
+    }
     if Engine::of(kind) == Engine::Libtorch {
         return libtorch::plan(workspace, kind, [o, i]);
     }
@@ -137,21 +166,17 @@ pub fn reference(x: &Tensor, w: &Tensor) -> Result<Tensor, Error> {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
     use super::*;
-    use crate::product::with_engine;
     use crate::testing::*;
-    use tch::Device;
 
     #[test]
     fn agrees_with_fp64_autograd_whoever_multiplies() {
-        for engine in Engine::ALL {
-            with_engine(engine, agrees_with_fp64_autograd);
-        }
+        whoever_multiplies(agrees_with_fp64_autograd);
     }
 
     fn agrees_with_fp64_autograd() {
         for (kind, bound) in DTYPES {
             for (n, i, o) in [(1, 1, 1), (5, 7, 3), (67, 96, 130)] {
-                let mut workspace = Workspace::new(Device::Cpu);
+                let mut workspace = workspace();
                 let (x, w) = (normal("x", &[n, i], kind), normal("w", &[o, i], kind));
                 let dy = normal("dy", &[n, o], kind);
                 let mut y = poison(&[n, o], kind);
@@ -176,14 +201,12 @@ mod tests {
 
     #[test]
     fn parts_of_wider_buffers_serve_as_matrices_whoever_multiplies() {
-        for engine in Engine::ALL {
-            with_engine(engine, parts_of_wider_buffers_serve_as_matrices);
-        }
+        whoever_multiplies(parts_of_wider_buffers_serve_as_matrices);
     }
 
     fn parts_of_wider_buffers_serve_as_matrices() {
         for (kind, bound) in DTYPES {
-            let mut workspace = Workspace::new(Device::Cpu);
+            let mut workspace = workspace();
             let (wide_x, wide_y) = (normal("x", &[33, 64], kind), normal("y", &[33, 80], kind));
             let (x, mut y) = (wide_x.narrow(1, 8, 24), wide_y.narrow(1, 16, 40));
             let w = normal("w", &[40, 24], kind);
@@ -207,7 +230,7 @@ mod tests {
 
     #[test]
     fn bad_arguments_are_refused() {
-        let mut workspace = Workspace::new(Device::Cpu);
+        let mut workspace = workspace();
         let mut refused = |x: &Tensor, w: &Tensor, y: &mut Tensor| {
             forward(x, w, y, &mut workspace)
                 .err()

@@ -14,10 +14,11 @@ use tch::{Kind, Tensor};
 use crate::error::torch;
 use crate::float::with_float;
 use crate::linear::{self, PackedWeight};
-use crate::sys::operands::{Operands, check_device, sizes};
-use crate::{Error, Workspace, WorkspacePlan};
+use crate::sys::operands::{Operands, check_dtype, sizes};
+use crate::{Error, Workspace, WorkspacePlan, cuda};
 use softmax::Tokens;
 
+mod on_gpu;
 mod softmax;
 
 const OP: &str = "linear_cross_entropy";
@@ -82,7 +83,8 @@ pub fn forward(
 /// The loss and its gradients in one pass over the chunks.
 ///
 /// # Errors
-/// The argument errors of [`Error`]; [`Error::Index`] for a target outside the vocabulary.
+/// The argument errors of [`Error`]; [`Error::Index`] for a target outside the vocabulary, whose loss
+/// and gradient on a GPU are NaN instead.
 pub fn forward_backward(
     inputs: &Inputs<'_>,
     losses: Losses<'_>,
@@ -111,6 +113,9 @@ pub fn logits(
 pub fn plan(workspace: &mut WorkspacePlan, kind: Kind, n: usize, [v, h]: [usize; 2], chunk: usize) {
     workspace.take(LOSSES, &[n], Kind::Float);
     workspace.take(LOGITS, &[n.min(chunk), v], kind);
+    if workspace.on_gpu() {
+        return;
+    }
     // The last chunk may be a shorter one, whose blocks are cut otherwise.
     for rows in [n.min(chunk), n % chunk.max(1)] {
         linear::plan_packed(workspace, kind, rows, [v, h]);
@@ -125,7 +130,7 @@ fn run(
 ) -> Result<(), Error> {
     let [n, h] = sizes(OP, "x", inputs.x)?;
     let [v, _] = sizes(OP, "w", inputs.w)?;
-    let kind = check_device(OP, "x", inputs.x)?;
+    let kind = check_dtype(OP, "x", inputs.x)?;
     let vocab = inputs.vocab_size;
     if inputs.chunk == 0 || vocab == 0 || vocab > v {
         let message = format!(
@@ -134,6 +139,9 @@ fn run(
             inputs.chunk
         );
         return Err(Error::Argument { op: OP, message });
+    }
+    if let Some(gpu) = cuda::of(OP, "x", inputs.x)? {
+        return on_gpu::run(&gpu, [n, h, v], inputs, losses, gradients, workspace);
     }
     let wants_gradients = gradients.is_some();
     let mut gradients = gradients.unwrap_or_default();

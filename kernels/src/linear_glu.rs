@@ -12,7 +12,9 @@ use crate::matmul::Columns;
 use crate::matmul::epilogue::{GeluTanh, Glu, GluGradient, Silu};
 use crate::product::{self, Input, Product, target};
 use crate::sys::operands::{Operands, sizes};
-use crate::{Error, Workspace, WorkspacePlan, linear};
+use crate::{Error, Workspace, WorkspacePlan, cuda, linear};
+
+mod on_gpu;
 
 const FORWARD: &str = "linear_glu.forward";
 const BACKWARD: &str = "linear_glu.backward";
@@ -58,6 +60,9 @@ pub fn forward(
     let [n, h] = sizes(FORWARD, "x", x)?;
     let [rows, _] = sizes(FORWARD, "w", w)?;
     let i = rows / 2;
+    if let Some(gpu) = cuda::of(FORWARD, "x", x)? {
+        return on_gpu::forward(&gpu, activation, ([n, h], i), x, w, gate_up, y);
+    }
     with_float!(FORWARD, "x", x => T: with_gate!(activation, gate => {
         let mut operands = Operands::new(FORWARD);
         let product = Product::Forward(
@@ -89,6 +94,10 @@ pub fn backward(
 ) -> Result<(), Error> {
     let [n, o] = sizes(BACKWARD, "dz", dz)?;
     let [_, i] = sizes(BACKWARD, "w", w)?;
+    if let Some(gpu) = cuda::of(BACKWARD, "dz", dz)? {
+        let sizes = ([n, o], i);
+        return on_gpu::backward(&gpu, activation, sizes, dz, w, gate_up, dgate_up, workspace);
+    }
     with_float!(BACKWARD, "dz", dz => T: with_gate!(activation, gate => {
         let mut operands = Operands::new(BACKWARD);
         let product = Product::BackwardInput(
@@ -137,70 +146,72 @@ pub fn reference(activation: Activation, x: &Tensor, w: &Tensor) -> Result<Tenso
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
     use super::*;
-    use crate::product::{Engine, with_engine};
     use crate::testing::*;
-    use tch::Device;
 
     const ACTIVATIONS: [Activation; 2] = [Activation::Silu, Activation::GeluTanh];
 
     #[test]
-    fn agrees_with_fp64_autograd_by_both_engines() {
-        for engine in Engine::ALL {
-            for (activation, (kind, bound)) in
-                ACTIVATIONS.into_iter().flat_map(|a| DTYPES.map(|d| (a, d)))
-            {
-                for (n, h, i, o) in [(1, 1, 1, 1), (5, 7, 17, 3), (67, 96, 130, 40)] {
-                    let x = normal("x", &[n, h], kind);
-                    let w = normal("w", &[2 * i, h], kind);
-                    let next = normal("next", &[o, i], kind);
-                    let dz = normal("dz", &[n, o], kind);
-                    let (mut gate_up, mut y) = (poison(&[n, 2 * i], kind), poison(&[n, i], kind));
-                    let mut dgate_up = poison(&[n, 2 * i], kind);
-                    let mut workspace = Workspace::new(Device::Cpu);
-                    with_engine(engine, || {
-                        forward(activation, &x, &w, &mut gate_up, &mut y, &mut workspace).unwrap();
-                        backward(
-                            activation,
-                            &dz,
-                            &next,
-                            &gate_up,
-                            &mut dgate_up,
-                            &mut workspace,
-                        )
-                        .unwrap();
-                        let mut planned = WorkspacePlan::default();
-                        let [n, h, i, o] = [n, h, i, o].map(|size| size as usize);
-                        plan(&mut planned, kind, n, [2 * i, h]);
-                        plan_backward(&mut planned, kind, n, [o, i]);
-                        assert!(workspace.bytes() <= planned.bytes() as u64);
-                    });
-                    let (x64, w64) = (leaf(&x), leaf(&w));
-                    let y64 = reference(activation, &x64, &w64).unwrap();
-                    assert_close("y", &y, &y64, bound);
-                    let gate_up64 = linear::reference(&x64, &w64).unwrap();
-                    assert_close("gate_up", &gate_up, &gate_up64, bound);
-                    let dy = dz.to_kind(Kind::Double).matmul(&next.to_kind(Kind::Double));
-                    let expected = gradients(&y64, &dy, &[&x64]);
-                    let dx = dgate_up
-                        .to_kind(Kind::Double)
-                        .matmul(&w.to_kind(Kind::Double));
-                    assert_close("dx", &dx, &expected[0], bound);
-                }
+    fn agrees_with_fp64_autograd_whoever_multiplies() {
+        whoever_multiplies(agrees_with_fp64_autograd);
+    }
+
+    fn agrees_with_fp64_autograd() {
+        for (activation, (kind, bound)) in
+            ACTIVATIONS.into_iter().flat_map(|a| DTYPES.map(|d| (a, d)))
+        {
+            for (n, h, i, o) in [(1, 1, 1, 1), (5, 7, 17, 3), (67, 96, 130, 40)] {
+                let x = normal("x", &[n, h], kind);
+                let w = normal("w", &[2 * i, h], kind);
+                let next = normal("next", &[o, i], kind);
+                let dz = normal("dz", &[n, o], kind);
+                let (mut gate_up, mut y) = (poison(&[n, 2 * i], kind), poison(&[n, i], kind));
+                let mut dgate_up = poison(&[n, 2 * i], kind);
+                let mut workspace = workspace();
+                forward(activation, &x, &w, &mut gate_up, &mut y, &mut workspace).unwrap();
+                backward(
+                    activation,
+                    &dz,
+                    &next,
+                    &gate_up,
+                    &mut dgate_up,
+                    &mut workspace,
+                )
+                .unwrap();
+                let mut planned = WorkspacePlan::new(device());
+                let [n, h, i, o] = [n, h, i, o].map(|size| size as usize);
+                plan(&mut planned, kind, n, [2 * i, h]);
+                plan_backward(&mut planned, kind, n, [o, i]);
+                assert!(workspace.bytes() <= planned.bytes() as u64);
+                let (x64, w64) = (leaf(&x), leaf(&w));
+                let y64 = reference(activation, &x64, &w64).unwrap();
+                assert_close("y", &y, &y64, bound);
+                let gate_up64 = linear::reference(&x64, &w64).unwrap();
+                assert_close("gate_up", &gate_up, &gate_up64, bound);
+                let dy = dz.to_kind(Kind::Double).matmul(&next.to_kind(Kind::Double));
+                let expected = gradients(&y64, &dy, &[&x64]);
+                let dx = dgate_up
+                    .to_kind(Kind::Double)
+                    .matmul(&w.to_kind(Kind::Double));
+                assert_close("dx", &dx, &expected[0], bound);
             }
         }
     }
 
     #[test]
+    fn far_gates_stay_finite_whoever_multiplies() {
+        whoever_multiplies(far_gates_stay_finite);
+    }
+
     fn far_gates_stay_finite() {
         let kinds = [Kind::Float, Kind::BFloat16];
         for (activation, kind) in ACTIVATIONS.into_iter().flat_map(|a| kinds.map(|k| (a, k))) {
             // Either flat end of the sigmoid; the cubes of the last two are no fp32 numbers.
-            let x = Tensor::from_slice(&[1e4f32, -1e4, 1e18, -1e18])
+            let x = numbers(&[1e4f32, -1e4, 1e18, -1e18])
                 .view([4, 1])
                 .to_kind(kind);
-            let w = Tensor::from_slice(&[1f32, 1.0]).view([2, 1]).to_kind(kind);
+            let w = numbers(&[1f32, 1.0]).view([2, 1]).to_kind(kind);
             let (mut gate_up, mut y) = (poison(&[4, 2], kind), poison(&[4, 1], kind));
-            let mut workspace = Workspace::new(Device::Cpu);
+            let mut workspace = workspace();
             forward(activation, &x, &w, &mut gate_up, &mut y, &mut workspace).unwrap();
             let expected = reference(activation, &leaf(&x), &leaf(&w)).unwrap();
             assert_close("y", &y, &expected, 1e-2);
@@ -229,7 +240,7 @@ mod tests {
             &w,
             &mut gate_up,
             &mut y,
-            &mut Workspace::new(Device::Cpu),
+            &mut workspace(),
         );
         assert!(matches!(
             error,

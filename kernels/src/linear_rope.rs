@@ -3,14 +3,15 @@
 
 use tch::{Kind, Tensor};
 
+use crate::cuda::{Pointers, float};
 use crate::error::torch;
 use crate::float::with_float;
 use crate::matmul::Columns;
 use crate::matmul::epilogue::Rope;
-use crate::product::{self, Input, Product, target};
+use crate::product::{self, Input, Product, on_gpu, target};
 use crate::rope::{self, Angles};
 use crate::sys::operands::{Operands, sizes};
-use crate::{Error, RopeTable, Workspace, WorkspacePlan, linear};
+use crate::{Error, RopeTable, Workspace, WorkspacePlan, cuda, linear};
 
 const FORWARD: &str = "linear_rope.forward";
 const BACKWARD: &str = "linear_rope.backward";
@@ -41,6 +42,16 @@ pub fn forward(
     let [n, i] = sizes(FORWARD, "x", x)?;
     let [o, _] = sizes(FORWARD, "w", w)?;
     let columns = heads(FORWARD, rotation, o)?;
+    if let Some(gpu) = cuda::of(FORWARD, "x", x)? {
+        let (t, _) = float(FORWARD, "x", x)?;
+        let mut pointers = Pointers::new(FORWARD, &gpu);
+        pointers.read_matrix("x", x, t, [n, i])?;
+        pointers.read_matrix("w", w, t, [o, i])?;
+        pointers.write("qkv", qkv, t, &[n, o])?;
+        on_gpu::forward(&gpu, FORWARD, x, w, qkv)?;
+        let mut turned = turned(FORWARD, rotation, qkv)?;
+        return rope::forward(rotation.table, rotation.positions, &mut turned);
+    }
     with_float!(FORWARD, "x", x => T: {
         let mut operands = Operands::new(FORWARD);
         let product = Product::Forward(
@@ -64,15 +75,25 @@ pub fn forward(
 pub fn backward(rotation: &Rotation<'_>, dqkv: &mut Tensor) -> Result<(), Error> {
     let [n, o] = sizes(BACKWARD, "dqkv", dqkv)?;
     heads(BACKWARD, rotation, o)?;
-    with_float!(BACKWARD, "dqkv", dqkv => T: {
-        Operands::new(BACKWARD).write::<T>("dqkv", dqkv, &[n, o]).map(drop)
-    })?;
-    let d = rotation.table.head_dim();
-    let mut turned = dqkv
-        .f_view([n as i64, (o / d) as i64, d as i64])
-        .and_then(|all| all.f_narrow(1, 0, rotation.heads as i64))
-        .map_err(torch(BACKWARD))?;
+    match cuda::of(BACKWARD, "dqkv", dqkv)? {
+        Some(gpu) => {
+            let (t, _) = float(BACKWARD, "dqkv", dqkv)?;
+            Pointers::new(BACKWARD, &gpu).write("dqkv", dqkv, t, &[n, o])?;
+        }
+        None => with_float!(BACKWARD, "dqkv", dqkv => T: {
+            Operands::new(BACKWARD).write::<T>("dqkv", dqkv, &[n, o]).map(drop)
+        })?,
+    }
+    let mut turned = turned(BACKWARD, rotation, dqkv)?;
     rope::backward(rotation.table, rotation.positions, &mut turned)
+}
+
+/// The heads that turn, `[n, heads, d]`.
+fn turned(op: &'static str, rotation: &Rotation<'_>, qkv: &Tensor) -> Result<Tensor, Error> {
+    let d = rotation.table.head_dim() as i64;
+    qkv.f_view([qkv.size()[0], -1, d])
+        .and_then(|all| all.f_narrow(1, 0, rotation.heads as i64))
+        .map_err(torch(op))
 }
 
 /// What [`forward`] and the gradients take from the workspace for `n` rows, `w: [o, i]` of `kind` and
@@ -124,59 +145,57 @@ pub fn reference(x: &Tensor, w: &Tensor, rotation: &Rotation<'_>) -> Result<Tens
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
     use super::*;
-    use crate::product::{Engine, with_engine};
     use crate::testing::*;
-    use tch::Device;
 
     #[test]
-    fn agrees_with_fp64_autograd_by_both_engines() {
-        for engine in [Engine::Own, Engine::Libtorch] {
-            for (kind, bound) in DTYPES {
-                for (n, i, d, turned, heads) in
-                    [(1, 1, 2, 1, 1), (40, 24, 18, 3, 4), (67, 33, 64, 4, 6)]
-                {
-                    let table = RopeTable::new(100.0, d as usize, 50).unwrap();
-                    let positions = Tensor::arange(n, (Kind::Int64, Device::Cpu)).remainder(50);
-                    let rotation = Rotation {
-                        table: &table,
-                        positions: &positions,
-                        heads: turned,
-                    };
-                    let (x, w) = (
-                        normal("x", &[n, i], kind),
-                        normal("w", &[heads * d, i], kind),
-                    );
-                    let mut qkv = poison(&[n, heads * d], kind);
-                    let mut workspace = Workspace::new(Device::Cpu);
-                    with_engine(engine, || {
-                        forward(&x, &w, &rotation, &mut qkv, &mut workspace).unwrap();
-                        let mut planned = WorkspacePlan::default();
-                        let weight = [(heads * d) as usize, i as usize];
-                        plan(&mut planned, kind, n as usize, weight, d as usize);
-                        assert!(workspace.bytes() <= planned.bytes() as u64);
-                    });
-                    let (x64, w64) = (leaf(&x), leaf(&w));
-                    let expected = reference(&x64, &w64, &rotation).unwrap();
-                    assert_close("qkv", &qkv, &expected, bound);
+    fn agrees_with_fp64_autograd_whoever_multiplies() {
+        whoever_multiplies(agrees_with_fp64_autograd);
+    }
 
-                    let mut dqkv = normal("dqkv", &[n, heads * d], kind);
-                    let expected = gradients(&expected, &dqkv, &[&x64]);
-                    backward(&rotation, &mut dqkv).unwrap();
-                    let dx = dqkv.to_kind(Kind::Double).matmul(&w.to_kind(Kind::Double));
-                    assert_close("dx", &dx, &expected[0], bound);
-                }
+    fn agrees_with_fp64_autograd() {
+        for (kind, bound) in DTYPES {
+            for (n, i, d, turned, heads) in
+                [(1, 1, 2, 1, 1), (40, 24, 18, 3, 4), (67, 33, 64, 4, 6)]
+            {
+                let table = RopeTable::new(100.0, d as usize, 50, device()).unwrap();
+                let positions = Tensor::arange(n, (Kind::Int64, device())).remainder(50);
+                let rotation = Rotation {
+                    table: &table,
+                    positions: &positions,
+                    heads: turned,
+                };
+                let (x, w) = (
+                    normal("x", &[n, i], kind),
+                    normal("w", &[heads * d, i], kind),
+                );
+                let mut qkv = poison(&[n, heads * d], kind);
+                let mut workspace = workspace();
+                forward(&x, &w, &rotation, &mut qkv, &mut workspace).unwrap();
+                let mut planned = WorkspacePlan::new(device());
+                let weight = [(heads * d) as usize, i as usize];
+                plan(&mut planned, kind, n as usize, weight, d as usize);
+                assert!(workspace.bytes() <= planned.bytes() as u64);
+                let (x64, w64) = (leaf(&x), leaf(&w));
+                let expected = reference(&x64, &w64, &rotation).unwrap();
+                assert_close("qkv", &qkv, &expected, bound);
+
+                let mut dqkv = normal("dqkv", &[n, heads * d], kind);
+                let expected = gradients(&expected, &dqkv, &[&x64]);
+                backward(&rotation, &mut dqkv).unwrap();
+                let dx = dqkv.to_kind(Kind::Double).matmul(&w.to_kind(Kind::Double));
+                assert_close("dx", &dx, &expected[0], bound);
             }
         }
     }
 
     #[test]
     fn heads_and_positions_must_fit() {
-        let table = RopeTable::new(1e4, 8, 4).unwrap();
-        let mut workspace = Workspace::new(Device::Cpu);
+        let table = RopeTable::new(1e4, 8, 4, device()).unwrap();
+        let mut workspace = workspace();
         let mut message = |positions: &[i64], heads: usize, o: i64| {
             let rotation = Rotation {
                 table: &table,
-                positions: &Tensor::from_slice(positions),
+                positions: &numbers(positions),
                 heads,
             };
             let (x, w) = (zeros(&[2, 3], Kind::Float), zeros(&[o, 3], Kind::Float));

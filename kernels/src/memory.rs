@@ -4,12 +4,11 @@
 //! its own. The counts belong to the whole process: ranks that are threads of one process share
 //! them. Blocks allocated before [`install`] are never counted, and Rust's own heap is not either.
 
-use std::ffi::CStr;
 use std::sync::OnceLock;
 
 use libc::c_char;
 
-use crate::Error;
+use crate::{Error, shim};
 
 /// What the counting allocator has seen since it was installed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -37,27 +36,10 @@ unsafe extern "C" {
 /// # Errors
 /// [`Error::Shim`] with libtorch's own text if it refuses the allocator.
 pub fn install() -> Result<(), Error> {
-    static OUTCOME: OnceLock<Result<(), String>> = OnceLock::new();
-    OUTCOME
-        .get_or_init(|| {
-            // SAFETY: takes no arguments; the returned text is null or owned by us.
-            let text = unsafe { oxitron_memory_install() };
-            if text.is_null() {
-                return Ok(());
-            }
-            // SAFETY: a non-null text is a nul-terminated string from strdup, freed exactly once.
-            let message = unsafe {
-                let message = CStr::from_ptr(text).to_string_lossy().into_owned();
-                libc::free(text.cast());
-                message
-            };
-            Err(message)
-        })
-        .clone()
-        .map_err(|message| Error::Shim {
-            call: "c10::SetCPUAllocator",
-            message,
-        })
+    static REFUSED: OnceLock<Option<String>> = OnceLock::new();
+    // SAFETY: takes no arguments.
+    let refused = REFUSED.get_or_init(|| shim::text(unsafe { oxitron_memory_install() }));
+    shim::outcome("c10::SetCPUAllocator", refused.clone())
 }
 
 /// The counts; all zero before [`install`].

@@ -20,6 +20,7 @@ use crate::sys::split::Rows;
 use crate::{Error, Workspace, WorkspacePlan};
 
 mod engine;
+pub(crate) mod on_gpu;
 mod trial;
 
 pub use engine::{Engine, with_engine};
@@ -153,6 +154,9 @@ fn own<T: Dtype, E: Epilogue>(
 
 /// What [`multiply`] takes from the workspace for a product of `rows` rows and inner length `k`.
 pub(crate) fn plan(workspace: &mut WorkspacePlan, kind: Kind, size: [usize; 2], columns: Columns) {
+    if workspace.on_gpu() {
+        return on_gpu::plan(workspace, kind, size[0], columns);
+    }
     match Engine::of(kind) {
         Engine::Own => plan_own(workspace, kind, size, columns, false),
         Engine::Libtorch => {

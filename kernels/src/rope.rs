@@ -7,12 +7,14 @@ use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::Error;
 use crate::error::torch;
 use crate::float::{Float, with_float};
 use crate::simd::simd;
 use crate::sys::operands::{Operands, sizes};
 use crate::sys::parallel::parallel_split;
+use crate::{Error, cuda};
+
+mod on_gpu;
 
 const TABLE: &str = "rope.table";
 const FORWARD: &str = "rope.forward";
@@ -40,7 +42,7 @@ pub(crate) struct Angles<'a> {
 }
 
 impl RopeTable {
-    /// Tables for positions `0..max_positions`.
+    /// Tables on `device` for positions `0..max_positions`.
     ///
     /// The inverse frequencies are computed by libtorch in fp32 in the order of the Hugging Face
     /// models (`1 / base ** (arange(0, d, 2) / d)`): one unit in the last place there is 1e-3
@@ -49,7 +51,12 @@ impl RopeTable {
     /// # Errors
     /// [`Error::Argument`] for an odd or zero `head_dim` or a base that is not positive and
     /// finite.
-    pub fn new(base: f64, head_dim: usize, max_positions: usize) -> Result<RopeTable, Error> {
+    pub fn new(
+        base: f64,
+        head_dim: usize,
+        max_positions: usize,
+        device: Device,
+    ) -> Result<RopeTable, Error> {
         if head_dim == 0 || !head_dim.is_multiple_of(2) {
             let message = format!("head_dim must be even and positive, found {head_dim}");
             return Err(Error::Argument { op: TABLE, message });
@@ -65,7 +72,11 @@ impl RopeTable {
             let inverse = Tensor::f_pow_scalar(base, &exponents)?.f_reciprocal()?;
             let positions = Tensor::f_arange(max_positions as i64, fp32)?;
             let angles = positions.f_unsqueeze(1)?.f_mul(&inverse.f_unsqueeze(0)?)?;
-            Ok((angles.f_cos()?, angles.f_sin()?))
+            // On the CPU first: the same angles on every device.
+            Ok((
+                angles.f_cos()?.f_to_device(device)?,
+                angles.f_sin()?.f_to_device(device)?,
+            ))
         };
         let (cos, sin) = build().map_err(torch(TABLE))?;
         Ok(RopeTable {
@@ -115,7 +126,8 @@ impl RopeTable {
 /// number of threads.
 ///
 /// # Errors
-/// The argument errors of [`Error`]; [`Error::Index`] for a position outside the table.
+/// The argument errors of [`Error`]; [`Error::Index`] for a position outside the table, which on a GPU
+/// makes the row NaN instead.
 pub fn forward(table: &RopeTable, positions: &Tensor, x: &mut Tensor) -> Result<(), Error> {
     rotate(FORWARD, table, positions, x, 1.0)
 }
@@ -145,6 +157,9 @@ fn rotate(
             expected,
             found: x.size(),
         });
+    }
+    if let Some(gpu) = cuda::of(op, "x", x)? {
+        return on_gpu::rotate(&gpu, op, table, positions, x, [n, heads], direction);
     }
     with_float!(op, "x", x => T: {
         let mut operands = Operands::new(op);
@@ -226,10 +241,18 @@ mod tests {
     use crate::testing::*;
 
     #[test]
-    fn agrees_with_fp64_autograd_on_a_part_of_a_fused_buffer() {
-        let (n, heads, d) = (9i64, 3i64, 16i64);
-        let table = RopeTable::new(10_000.0, d as usize, 100).unwrap();
-        let positions = Tensor::from_slice(&[0i64, 1, 2, 3, 0, 1, 99, 50, 7]);
+    fn agrees_with_fp64_autograd_everywhere() {
+        everywhere(|| {
+            for d in [16, 6, 256] {
+                agrees_with_fp64_autograd_on_a_part_of_a_fused_buffer(d);
+            }
+        });
+    }
+
+    fn agrees_with_fp64_autograd_on_a_part_of_a_fused_buffer(d: i64) {
+        let (n, heads) = (9i64, 3i64);
+        let table = RopeTable::new(10_000.0, d as usize, 100, device()).unwrap();
+        let positions = Tensor::from_slice(&[0i64, 1, 2, 3, 0, 1, 99, 50, 7]).to_device(device());
         for (kind, bound) in DTYPES {
             let fused = normal("qkv", &[n, heads + 2, d], kind);
             let before = fused.copy();
@@ -255,8 +278,8 @@ mod tests {
     #[test]
     fn same_bits_on_any_number_of_threads_and_at_every_level() {
         assert_level_independent(|| {
-            let table = RopeTable::new(10_000.0, 18, 50).unwrap();
-            let positions = Tensor::arange(50, (Kind::Int64, Device::Cpu));
+            let table = RopeTable::new(10_000.0, 18, 50, device()).unwrap();
+            let positions = Tensor::arange(50, (Kind::Int64, device()));
             let mut x = normal("x", &[50, 3, 18], Kind::BFloat16);
             forward(&table, &positions, &mut x).unwrap();
             bits(&x)
@@ -265,7 +288,7 @@ mod tests {
 
     #[test]
     fn the_pairs_are_half_split_and_position_zero_stands_still() {
-        let table = RopeTable::new(100.0, 4, 3).unwrap();
+        let table = RopeTable::new(100.0, 4, 3, device()).unwrap();
         let mut x = Tensor::from_slice(&[1f32, 2.0, 3.0, 4.0]).view([1, 1, 4]);
         forward(&table, &Tensor::from_slice(&[0i64]), &mut x).unwrap();
         assert_eq!(
@@ -288,14 +311,14 @@ mod tests {
     #[test]
     fn bad_arguments_are_named() {
         assert!(
-            RopeTable::new(1e4, 7, 4)
+            RopeTable::new(1e4, 7, 4, device())
                 .err()
                 .unwrap()
                 .to_string()
                 .contains("found 7")
         );
-        assert!(RopeTable::new(f64::NAN, 8, 4).is_err());
-        let table = RopeTable::new(1e4, 8, 4).unwrap();
+        assert!(RopeTable::new(f64::NAN, 8, 4, device()).is_err());
+        let table = RopeTable::new(1e4, 8, 4, device()).unwrap();
         assert_eq!(
             (table.head_dim(), table.max_positions(), table.base()),
             (8, 4, 1e4)

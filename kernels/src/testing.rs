@@ -1,11 +1,85 @@
-//! What the tests of all ops share: reproducible inputs, fp64 gradients, error measures.
+//! What the tests of all ops share: reproducible inputs, fp64 gradients, error measures, and the paths
+//! that an op has: the CPU's, and the kernels of GPUs, emulated or on a device.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::cell::Cell;
 
 use tch::{Device, Kind, Tensor};
 
+use crate::cuda::{emulated, with_schedule};
+use crate::product::{Engine, with_engine};
 use crate::simd::{Level, with_level};
 use crate::sys::operands::as_slice;
-use crate::{Threads, philox};
+use crate::{Threads, Workspace, philox};
+
+/// Orders in which the threads of emulated blocks are taken: as numbered, backwards, at random.
+const SCHEDULES: [u64; 3] = [0, 1, 20_261];
+
+thread_local! {
+    static DEVICE: Cell<Device> = const { Cell::new(Device::Cpu) };
+}
+
+/// Where the tensors of a test lie.
+pub fn device() -> Device {
+    DEVICE.get()
+}
+
+/// An empty workspace where the tensors of a test lie.
+pub fn workspace() -> Workspace {
+    Workspace::new(device())
+}
+
+/// Runs a test on the CPU and with the kernels of GPUs, as [`on_gpu`] does.
+pub fn everywhere(test: impl Fn()) {
+    if !on_a_device(&test) {
+        test();
+        emulated(&test);
+    }
+}
+
+/// Runs a test with the kernels of GPUs: emulated, or on the first device where
+/// `OXITRON_TEST_DEVICE=cuda` asks for it.
+pub fn on_gpu(test: impl Fn()) {
+    if !on_a_device(&test) {
+        emulated(&test);
+    }
+}
+
+/// Runs a test of products with each engine of the CPU, and with the kernels of GPUs.
+pub fn whoever_multiplies(test: impl Fn()) {
+    if !on_a_device(&test) {
+        for engine in Engine::ALL {
+            with_engine(engine, &test);
+        }
+        emulated(&test);
+    }
+}
+
+fn on_a_device(test: impl Fn()) -> bool {
+    let asked = std::env::var("OXITRON_TEST_DEVICE").is_ok_and(|device| device == "cuda");
+    if asked {
+        DEVICE.set(Device::Cuda(0));
+        test();
+        DEVICE.set(Device::Cpu);
+    }
+    asked
+}
+
+/// Numbers where the tensors of a test lie.
+pub fn numbers<E: tch::kind::Element>(values: &[E]) -> Tensor {
+    Tensor::from_slice(values).to_device(device())
+}
+
+/// Asserts that kernels of GPUs give the same bits twice, in whatever order their threads run.
+pub fn assert_order_independent(f: impl Fn() -> Vec<u32>) {
+    on_gpu(|| {
+        let expected = f();
+        for schedule in SCHEDULES {
+            let found = with_schedule(schedule, &f);
+            assert!(found == expected, "other bits under schedule {schedule}");
+        }
+    });
+}
 
 /// The two compute dtypes with the relative error that each is held to.
 pub const DTYPES: [(Kind, f64); 2] = [(Kind::Float, 1e-5), (Kind::BFloat16, 1e-2)];
@@ -14,16 +88,19 @@ pub const DTYPES: [(Kind, f64); 2] = [(Kind::Float, 1e-5), (Kind::BFloat16, 1e-2
 pub fn normal(name: &str, shape: &[i64], kind: Kind) -> Tensor {
     let mut values = vec![0.0; shape.iter().product::<i64>() as usize];
     philox::fill_normal(&mut values, 7, name, 0, 1.0);
-    Tensor::from_slice(&values).view(shape).to_kind(kind)
+    Tensor::from_slice(&values)
+        .view(shape)
+        .to_kind(kind)
+        .to_device(device())
 }
 
 pub fn zeros(shape: &[i64], kind: Kind) -> Tensor {
-    Tensor::zeros(shape, (kind, Device::Cpu))
+    Tensor::zeros(shape, (kind, device()))
 }
 
 /// A tensor whose old contents would be noticed if an op failed to overwrite them.
 pub fn poison(shape: &[i64], kind: Kind) -> Tensor {
-    Tensor::full(shape, f64::NAN, (kind, Device::Cpu))
+    Tensor::full(shape, f64::NAN, (kind, device()))
 }
 
 /// An fp64 copy that autograd differentiates.
@@ -57,7 +134,7 @@ pub fn assert_close(what: &str, actual: &Tensor, expected: &Tensor, bound: f64) 
 
 /// The exact bits of a contiguous fp32 or bf16 tensor.
 pub fn bits(x: &Tensor) -> Vec<u32> {
-    let wide = x.to_kind(Kind::Float).contiguous();
+    let wide = x.to_kind(Kind::Float).contiguous().to_device(Device::Cpu);
     as_slice::<f32>(&wide)
         .unwrap()
         .iter()

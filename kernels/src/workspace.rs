@@ -4,8 +4,8 @@ use std::collections::HashMap;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::Error;
 use crate::error::torch;
+use crate::{Error, cuda};
 
 const OP: &str = "workspace";
 
@@ -73,12 +73,31 @@ impl Workspace {
 
 /// What a [`Workspace`] grows to: requests are noted as it would serve them, and nothing is
 /// allocated.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct WorkspacePlan {
+    device: Device,
     bytes: HashMap<(&'static str, Kind), usize>,
 }
 
 impl WorkspacePlan {
+    /// No requests yet, of ops on tensors of `device`.
+    pub fn new(device: Device) -> Self {
+        WorkspacePlan {
+            device,
+            bytes: HashMap::new(),
+        }
+    }
+
+    /// Whether the ops are those of a GPU, which need other scratch than a processor.
+    pub(crate) fn on_gpu(&self) -> bool {
+        cuda::is_gpu(self.device)
+    }
+
+    /// Where the tensors lie.
+    pub(crate) fn device(&self) -> Device {
+        self.device
+    }
+
     /// A request, as [`Workspace::take`]. Requests of one name and dtype share memory.
     pub fn take(&mut self, name: &'static str, shape: &[usize], kind: Kind) {
         let bytes = shape.iter().product::<usize>() * kind.elt_size_in_bytes();
@@ -113,7 +132,7 @@ mod tests {
             [100]
         );
         assert_eq!(workspace.bytes(), 400 + 6);
-        let mut plan = WorkspacePlan::default();
+        let mut plan = WorkspacePlan::new(Device::Cpu);
         for (shape, kind) in [
             ([4, 8], Kind::Float),
             ([3, 1], Kind::Float),

@@ -216,7 +216,7 @@ impl Generator {
             .is_none_or(|(held, ..)| *held != length)
         {
             let activations = self.decoder.activations(length, true, Device::Cpu)?;
-            let rope = RopeTable::new(self.rope_base, self.head_dim, length)?;
+            let rope = RopeTable::new(self.rope_base, self.head_dim, length, Device::Cpu)?;
             self.buffers = Some((length, activations, rope));
         }
         let Some((_, activations, rope)) = &mut self.buffers else {

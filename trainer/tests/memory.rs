@@ -10,7 +10,12 @@ use std::path::Path;
 use std::sync::Barrier;
 
 use oxitron_kernels::product::{Engine, with_engine};
-use oxitron_kernels::{RopeTable, Threads, adamw::AdamW, memory};
+use oxitron_kernels::{
+    RopeTable, Threads,
+    adamw::AdamW,
+    decision::{self, Betas, Decision, Limits, Record},
+    memory,
+};
 use oxitron_trainer::comm::{Comm, Wire};
 use oxitron_trainer::config::{Config, Dtype, ModelConfig};
 use oxitron_trainer::model::{Activations, Batch, Decoder, Objective, activation_bytes, describe};
@@ -19,7 +24,7 @@ use oxitron_trainer::plan::{
     staging_bytes, state_bytes,
 };
 use oxitron_trainer::zero::{Groups, InitialValues, StateDtypes, Zero};
-use tch::{Device, Kind};
+use tch::{Device, Kind, Tensor};
 
 /// 3.0 million parameters.
 const MODEL: &str = r#"
@@ -91,9 +96,11 @@ fn activations(model: &ModelConfig, dtype: Dtype, recompute: bool) {
     let mut zero = Zero::solo(&units, decoder.compute_kind(), Device::Cpu).unwrap();
     load(&mut zero);
     let batch = batch(SAMPLES, SEQ_LEN, model.vocab_size);
-    let rope = RopeTable::new(1e4, model.head_dim, SEQ_LEN).unwrap();
+    let rope = RopeTable::new(1e4, model.head_dim, SEQ_LEN, Device::Cpu).unwrap();
     let planned = activation_bytes(model, dtype, batch.token_count(), recompute);
 
+    // What a step decides from is no buffer of a micro-batch.
+    let (squares, decision) = (squares(), updating());
     let before = memory::stats().current_bytes;
     memory::reset_peak();
     let mut buffers = decoder
@@ -112,6 +119,8 @@ fn activations(model: &ModelConfig, dtype: Dtype, recompute: bool) {
         batch: &batch,
         activations: &mut buffers,
         zero: &mut zero,
+        squares,
+        decision,
     };
     // The second pass finds the workspace as large as it gets.
     for _ in 0..2 {
@@ -178,7 +187,7 @@ fn state(
         load(&mut zero);
         let opening = emit_opening(&units, &map, &layout, shape);
         let batch = batch(1, 16, model.vocab_size);
-        let rope = RopeTable::new(1e4, model.head_dim, 16).unwrap();
+        let rope = RopeTable::new(1e4, model.head_dim, 16, Device::Cpu).unwrap();
         let mut buffers = decoder.activations(16, true, Device::Cpu).unwrap();
         let mut walk = Walk {
             decoder: &decoder,
@@ -186,6 +195,8 @@ fn state(
             batch: &batch,
             activations: &mut buffers,
             zero: &mut zero,
+            squares: squares(),
+            decision: updating(),
         };
         walk.step(&opening);
         for _ in 0..2 {
@@ -267,6 +278,34 @@ struct Walk<'a> {
     batch: &'a Batch,
     activations: &'a mut Activations,
     zero: &'a mut Zero,
+    squares: Tensor,
+    decision: Decision,
+}
+
+const ADAMW: AdamW = AdamW {
+    lr: 1e-3,
+    beta1: 0.9,
+    beta2: 0.95,
+    eps: 1e-8,
+    weight_decay: 0.1,
+};
+
+/// Where the squares of the gradient are added up.
+fn squares() -> Tensor {
+    Tensor::zeros([2], (Kind::Double, Device::Cpu))
+}
+
+/// To update with a thousandth of the gradient.
+fn updating() -> Decision {
+    let mut decision = Decision::new(0, Device::Cpu).unwrap();
+    let mut record = Record::empty(Device::Cpu).unwrap();
+    let sums = Tensor::from_slice(&[1.0, 1000.0, 1.0]);
+    let betas = Betas {
+        first: ADAMW.beta1,
+        second: ADAMW.beta2,
+    };
+    decision::decide(&sums, &Limits::clip(0.0), betas, &mut record, &mut decision).unwrap();
+    decision
 }
 
 impl Walk<'_> {
@@ -277,17 +316,10 @@ impl Walk<'_> {
             batch,
             activations,
             zero,
+            squares,
+            decision,
         } = self;
         let last = decoder.layers() - 1;
-        let adamw = AdamW {
-            lr: 1e-3,
-            beta1: 0.9,
-            beta2: 0.95,
-            eps: 1e-8,
-            weight_decay: 0.1,
-            grad_scale: 1e-3,
-            step: 1,
-        };
         for &action in actions {
             match action {
                 Action::Forward { layer, .. } if layer == last => {
@@ -314,8 +346,8 @@ impl Walk<'_> {
                         .unwrap();
                 }
                 Action::Exchange(exchange) => zero.exchange(exchange).unwrap(),
-                Action::Norm { piece } => drop(zero.sum_of_squares(piece).unwrap()),
-                Action::Update { piece } => zero.update(piece, &adamw).unwrap(),
+                Action::Norm { piece } => zero.add_sum_of_squares(piece, squares).unwrap(),
+                Action::Update { piece } => zero.update(piece, &ADAMW, decision).unwrap(),
                 Action::Evaluate { .. } | Action::Control => {}
             }
         }

@@ -5,6 +5,8 @@
 //! for fp32 as for bf16.
 
 use oxitron_kernels::attention::{self, Gradients, Inputs};
+use oxitron_kernels::decision::{Betas, Decision, Limits, Record, decide};
+use oxitron_kernels::embedding::TokenIds;
 use oxitron_kernels::linear_cross_entropy as loss;
 use oxitron_kernels::linear_glu::Activation;
 use oxitron_kernels::linear_rope::Rotation;
@@ -152,7 +154,7 @@ fn fused(bench: &mut Bench, model: &Model, kind: Kind) -> Result<(), Error> {
         random(&[TOKENS, h], Kind::Float),
     );
 
-    let table = RopeTable::new(1e4, HEAD_DIM as usize, TOKENS as usize)?;
+    let table = RopeTable::new(1e4, HEAD_DIM as usize, TOKENS as usize, Device::Cpu)?;
     let rotation = Rotation {
         table: &table,
         positions: &Tensor::arange(TOKENS, (Kind::Int64, Device::Cpu)),
@@ -275,6 +277,7 @@ fn attend(
         k: &k,
         v: &v,
         documents,
+        starts: None,
         scale: 0.125,
     };
     let mut out = zeros(&[batch, seq, queries, d], kind);
@@ -357,7 +360,7 @@ fn rotation(bench: &mut Bench, kind: Kind) -> Result<(), Error> {
     let all = turned + SMALL.key_heads;
     let bytes = 2.0 * size(kind);
     let n = bench.rows_of(4 * turned * HEAD_DIM);
-    let table = RopeTable::new(1e4, HEAD_DIM as usize, TOKENS as usize)?;
+    let table = RopeTable::new(1e4, HEAD_DIM as usize, TOKENS as usize, Device::Cpu)?;
     let positions = Tensor::arange(n, (Kind::Int64, Device::Cpu)).remainder(TOKENS);
     let mut dqkv = random(&[n, all * HEAD_DIM], kind);
     let op = moving(
@@ -381,7 +384,8 @@ fn embed(bench: &mut Bench, kind: Kind) -> Result<(), Error> {
     }
     let (bytes, h, v) = (4.0 + size(kind), SMALL.hidden, VOCABULARY);
     let n = bench.rows_of(6 * h);
-    let ids = Tensor::randint(v, [n], (Kind::Int64, Device::Cpu));
+    let ids: Vec<i64> = (0..n).map(|token| token * 7919 % v).collect();
+    let ids = TokenIds::new(&ids, Device::Cpu)?;
     let (w, mut y) = (random(&[v, h], kind), zeros(&[n, h], Kind::Float));
     let op = moving("embedding", [n, h], kind, bytes, Floor::Triad);
     bench.measure(op, || embedding::forward(&ids, &w, &mut y))?;
@@ -406,9 +410,8 @@ fn optimizer(bench: &mut Bench, kind: Kind) -> Result<(), Error> {
         beta2: 0.95,
         eps: 1e-8,
         weight_decay: 0.1,
-        grad_scale: 1.0,
-        step: 1,
     };
+    let decision = updating()?;
     let op = moving("adamw", [n, 1], kind, bytes, Floor::Update);
     bench.measure(op, || {
         let state = adamw::State {
@@ -416,8 +419,21 @@ fn optimizer(bench: &mut Bench, kind: Kind) -> Result<(), Error> {
             exp_avg: &mut exp_avg,
             exp_avg_sq: &mut exp_avg_sq,
         };
-        adamw::step(&hyper, state, &grad, Some(&mut weight))
+        adamw::step(&hyper, state, &grad, Some(&mut weight), &decision)
     })
+}
+
+/// What lets the optimizer update: a loss of one token and a gradient.
+fn updating() -> Result<Decision, Error> {
+    let mut decision = Decision::new(0, Device::Cpu)?;
+    let mut record = Record::empty(Device::Cpu)?;
+    let betas = Betas {
+        first: 0.9,
+        second: 0.95,
+    };
+    let sums = Tensor::from_slice(&[1.0, 1.0, 1.0]);
+    decide(&sums, &Limits::clip(1.0), betas, &mut record, &mut decision)?;
+    Ok(decision)
 }
 
 fn gradient_norm(bench: &mut Bench) -> Result<(), Error> {
@@ -427,5 +443,9 @@ fn gradient_norm(bench: &mut Bench) -> Result<(), Error> {
     let n = bench.rows_of(4);
     let grad = random(&[n], Kind::Float);
     let op = moving("norm", [n, 1], Kind::Float, 4.0, Floor::Read);
-    bench.measure(op, || norm::sum_of_squares(&grad).map(drop))
+    let mut total = zeros(&[2], Kind::Double);
+    let mut workspace = Workspace::new(Device::Cpu);
+    bench.measure(op, || {
+        norm::add_sum_of_squares(&grad, &mut total, &mut workspace)
+    })
 }

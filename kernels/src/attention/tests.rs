@@ -22,6 +22,7 @@ fn check(documents: &DocumentStarts, heads: [i64; 3], kind: Kind, bound: f64) {
         k: &k,
         v: &v,
         documents,
+        starts: None,
         scale: (d as f64).powf(-0.5),
     };
     let mut out = poison(&[batch, seq, nq, d], kind);
@@ -48,7 +49,7 @@ fn check(documents: &DocumentStarts, heads: [i64; 3], kind: Kind, bound: f64) {
     };
     backward(&inputs, &out, &lse, &dout, gradients, &mut workspace).unwrap();
     let heads = heads.map(|count| count as usize);
-    let mut planned = WorkspacePlan::default();
+    let mut planned = WorkspacePlan::new(device());
     plan(
         &mut planned,
         kind,
@@ -93,6 +94,7 @@ fn a_document_does_not_see_its_neighbours() {
                 k,
                 v,
                 documents,
+                starts: None,
                 scale: 0.25,
             },
             &mut out,
@@ -128,6 +130,7 @@ fn same_bits_on_any_number_of_threads() {
             k: &k,
             v: &v,
             documents: &documents,
+            starts: None,
             scale: 0.25,
         };
         let mut out = poison(&[1, 150, 8, 16], Kind::BFloat16);
@@ -156,6 +159,7 @@ fn bad_arguments_are_refused() {
         k: &k,
         v: &v,
         documents: &documents,
+        starts: None,
         scale: 0.5,
     };
     forward(

@@ -176,7 +176,7 @@ mod tests {
         let mut workspace = Workspace::new(Device::Cpu);
         backward_weight(WeightGradient::OneDnn, &dy, &x, &mut dw, &mut workspace).unwrap();
         assert_eq!(workspace.bytes(), 2 * SCRATCH as u64);
-        let mut planned = WorkspacePlan::default();
+        let mut planned = WorkspacePlan::new(device());
         plan(&mut planned, Kind::BFloat16, [27, 1 << 20]);
         assert_eq!(planned.bytes(), 2 * SCRATCH);
         let expected = dy.to_kind(Kind::Float).tr().matmul(&x.to_kind(Kind::Float));

@@ -1,8 +1,6 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 use super::*;
-use crate::product::{Engine, with_engine};
 use crate::testing::*;
-use tch::Device;
 
 struct Case {
     x: Tensor,
@@ -20,7 +18,7 @@ impl Case {
         Case {
             x: normal("x", &[n, h], kind),
             w: normal("w", &[v, h], kind),
-            targets: Tensor::from_slice(&targets),
+            targets: numbers(&targets),
             weights: normal("weights", &[n], Kind::Float).abs(),
             vocab: vocab as usize,
         }
@@ -40,9 +38,7 @@ impl Case {
 
 #[test]
 fn agrees_with_fp64_autograd_whoever_multiplies() {
-    for engine in Engine::ALL {
-        with_engine(engine, agrees_with_fp64_autograd);
-    }
+    whoever_multiplies(agrees_with_fp64_autograd);
 }
 
 fn agrees_with_fp64_autograd() {
@@ -66,8 +62,8 @@ fn agrees_with_fp64_autograd() {
                 let expected =
                     Tensor::run_backward(&[loss64.shallow_clone()], &[&x64, &w64], false, false);
 
-                let mut workspace = Workspace::new(Device::Cpu);
-                let mut planned = WorkspacePlan::default();
+                let mut workspace = workspace();
+                let mut planned = WorkspacePlan::new(device());
                 plan(
                     &mut planned,
                     kind,
@@ -112,6 +108,10 @@ fn agrees_with_fp64_autograd() {
 }
 
 #[test]
+fn nothing_to_predict_costs_nothing_everywhere() {
+    everywhere(nothing_to_predict_costs_and_moves_nothing);
+}
+
 fn nothing_to_predict_costs_and_moves_nothing() {
     let mut case = Case::new(6, 8, 20, 20, Kind::Float);
     let _ = case.targets.fill_(IGNORE);
@@ -125,7 +125,7 @@ fn nothing_to_predict_costs_and_moves_nothing() {
         dx: Some(&mut dx),
         dw: Some(&mut dw),
     };
-    let mut workspace = Workspace::new(Device::Cpu);
+    let mut workspace = workspace();
     forward_backward(&case.inputs(false, 4), losses, gradients, &mut workspace).unwrap();
     for tensor in [&total, &dx, &dw] {
         assert_eq!(tensor.abs().sum(Kind::Double).double_value(&[]), 0.0);
@@ -133,6 +133,10 @@ fn nothing_to_predict_costs_and_moves_nothing() {
 }
 
 #[test]
+fn far_apart_logits_stay_finite_everywhere() {
+    everywhere(far_apart_logits_stay_finite);
+}
+
 fn far_apart_logits_stay_finite() {
     let case = Case::new(16, 8, 50, 50, Kind::Float);
     let (x, w) = (&case.x * 100.0, &case.w * 100.0);
@@ -151,7 +155,7 @@ fn far_apart_logits_stay_finite() {
         dx: Some(&mut dx),
         dw: Some(&mut dw),
     };
-    forward_backward(&inputs, losses, gradients, &mut Workspace::new(Device::Cpu)).unwrap();
+    forward_backward(&inputs, losses, gradients, &mut workspace()).unwrap();
     let (x64, w64) = (leaf(&x), leaf(&w));
     let loss = reference(&Inputs {
         x: &x64,
@@ -166,7 +170,7 @@ fn far_apart_logits_stay_finite() {
 #[test]
 fn gradients_may_be_absent_and_bad_targets_change_nothing() {
     let case = Case::new(10, 8, 20, 15, Kind::Float);
-    let mut workspace = Workspace::new(Device::Cpu);
+    let mut workspace = workspace();
     let mut total = zeros(&[1], Kind::Double);
     let mut run = |inputs: &Inputs<'_>, dx: Option<&mut Tensor>, dw: Option<&mut Tensor>| {
         let losses = Losses {
@@ -211,24 +215,68 @@ fn gradients_may_be_absent_and_bad_targets_change_nothing() {
 
 #[test]
 fn same_bits_twice() {
-    let run = || {
-        let case = Case::new(50, 16, 300, 290, Kind::BFloat16);
-        let mut total = zeros(&[1], Kind::Double);
-        let (mut dx, mut dw) = (
-            poison(&[50, 16], Kind::BFloat16),
-            zeros(&[300, 16], Kind::Float),
-        );
+    let expected = on_threads(2, run);
+    assert!(on_threads(2, run) == expected);
+    assert_order_independent(run);
+}
+
+fn run() -> Vec<u32> {
+    let case = Case::new(50, 16, 300, 290, Kind::BFloat16);
+    let mut total = zeros(&[1], Kind::Double);
+    let (mut dx, mut dw) = (
+        poison(&[50, 16], Kind::BFloat16),
+        zeros(&[300, 16], Kind::Float),
+    );
+    let losses = Losses {
+        sum: &mut total,
+        per_token: None,
+    };
+    let gradients = Gradients {
+        dx: Some(&mut dx),
+        dw: Some(&mut dw),
+    };
+    let inputs = case.inputs(true, 16);
+    forward_backward(&inputs, losses, gradients, &mut workspace()).unwrap();
+    let total = total.double_value(&[0]).to_bits();
+    let total = vec![(total >> 32) as u32, total as u32];
+    [total, bits(&dx), bits(&dw)].concat()
+}
+
+#[test]
+fn on_a_gpu_a_bad_target_makes_nan_of_its_own_row() {
+    on_gpu(|| {
+        let case = Case::new(6, 8, 20, 15, Kind::Float);
+        let targets = numbers(&[1i64, 2, 15, 3, 4, 5]);
+        let inputs = Inputs {
+            targets: &targets,
+            ..case.inputs(false, 3)
+        };
+        let (mut total, mut per_token) = (zeros(&[1], Kind::Double), poison(&[6], Kind::Float));
+        let mut dx = zeros(&[6, 8], Kind::Float);
         let losses = Losses {
             sum: &mut total,
-            per_token: None,
+            per_token: Some(&mut per_token),
         };
         let gradients = Gradients {
             dx: Some(&mut dx),
-            dw: Some(&mut dw),
+            dw: None,
         };
-        let mut workspace = Workspace::new(Device::Cpu);
-        forward_backward(&case.inputs(true, 16), losses, gradients, &mut workspace).unwrap();
-        (total.double_value(&[0]).to_bits(), bits(&dx), bits(&dw))
-    };
-    assert!(on_threads(2, run) == on_threads(2, run));
+        forward_backward(&inputs, losses, gradients, &mut workspace()).unwrap();
+        let nan = |x: &Tensor| {
+            bits(x)
+                .iter()
+                .map(|&bits| f32::from_bits(bits).is_nan())
+                .collect()
+        };
+        let rows: Vec<bool> = nan(&per_token);
+        assert_eq!(rows, [false, false, true, false, false, false]);
+        let elements: Vec<bool> = nan(&dx);
+        assert!(
+            elements
+                .chunks(8)
+                .zip(rows)
+                .all(|(row, bad)| row.iter().all(|nan| *nan == bad))
+        );
+        assert!(total.double_value(&[0]).is_nan());
+    });
 }

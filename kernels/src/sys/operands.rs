@@ -5,44 +5,33 @@
 //! (Memory shared with a tensor that another thread uses at the same time cannot be seen from
 //! here; a tensor is `Send` but not `Sync`, so that takes two handles on purpose.)
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 use super::split::Grid;
 use crate::{Error, Scalar};
 
+mod claims;
 mod views;
 
+pub(crate) use claims::{Claims, check_dtype};
 pub(crate) use views::reach;
-
-/// Most tensors that one op takes.
-const MOST: usize = 12;
-
-#[derive(Clone, Copy)]
-struct Span {
-    name: &'static str,
-    start: usize,
-    end: usize,
-    written: bool,
-}
 
 /// The arguments of one call, checked one by one.
 pub struct Operands {
-    op: &'static str,
-    spans: [Option<Span>; MOST],
+    claims: Claims,
 }
 
 impl Operands {
     /// Starts the check of a call to `op`.
     pub fn new(op: &'static str) -> Self {
         Operands {
-            op,
-            spans: [None; MOST],
+            claims: Claims::new(op, Device::Cpu),
         }
     }
 
     /// The op that is called.
     pub(crate) fn op(&self) -> &'static str {
-        self.op
+        self.claims.op()
     }
 
     /// A contiguous tensor of exactly this shape, to be read.
@@ -55,8 +44,7 @@ impl Operands {
         tensor: &'t Tensor,
         shape: &[usize],
     ) -> Result<&'t [E], Error> {
-        let len = self.dense::<E>(name, tensor, shape)?;
-        self.claim::<E>(name, tensor, len, false)?;
+        let len = self.claims.dense(name, tensor, E::KIND, shape, false)?;
         if len == 0 {
             return Ok(&[]);
         }
@@ -75,8 +63,7 @@ impl Operands {
         tensor: &'t mut Tensor,
         shape: &[usize],
     ) -> Result<&'t mut [E], Error> {
-        let len = self.dense::<E>(name, tensor, shape)?;
-        self.claim::<E>(name, tensor, len, true)?;
+        let len = self.claims.dense(name, tensor, E::KIND, shape, true)?;
         if len == 0 {
             return Ok(&mut []);
         }
@@ -95,18 +82,11 @@ impl Operands {
         tensor: &'t mut Tensor,
         [rows, heads, dim]: [usize; 3],
     ) -> Result<Grid<'t, E>, Error> {
-        check_kind(self.op, name, tensor, E::KIND)?;
-        check_shape(self.op, name, tensor, &[rows, heads, dim])?;
-        let (width, strides) = (heads * dim, tensor.stride());
-        let stride = usize::try_from(strides[0]).unwrap_or(0);
-        let dense_row = (dim <= 1 || strides[2] == 1) && (heads <= 1 || strides[1] == dim as i64);
-        if !dense_row || (rows > 1 && stride < width) {
-            return Err(self.layout(name, tensor, "dense within a row, rows apart or adjacent"));
-        }
+        let shape = [rows, heads, dim];
+        let (width, stride) = self.claims.heads(name, tensor, E::KIND, shape, true)?;
         if rows * width == 0 {
             return Ok(Grid::new(&mut [], width));
         }
-        self.claim::<E>(name, tensor, (rows - 1) * stride + width, true)?;
         // SAFETY: the strides just checked put row r at r * stride with `width` dense elements; the
         // borrow is unique and `claim` saw no other argument in it.
         Ok(unsafe { Grid::from_raw(tensor.data_ptr().cast(), rows, width, stride) })
@@ -123,8 +103,7 @@ impl Operands {
         tensor: &'t Tensor,
         shape: [usize; 2],
     ) -> Result<(&'t [E], usize), Error> {
-        let (len, stride) = self.matrix::<E>(name, tensor, shape)?;
-        self.claim::<E>(name, tensor, len, false)?;
+        let (len, stride) = self.claims.matrix(name, tensor, E::KIND, shape, false)?;
         if len == 0 {
             return Ok((&[], stride));
         }
@@ -145,105 +124,8 @@ impl Operands {
         tensor: &mut Tensor,
         shape: [usize; 2],
     ) -> Result<(*mut E, usize), Error> {
-        let (len, stride) = self.matrix::<E>(name, tensor, shape)?;
-        self.claim::<E>(name, tensor, len, true)?;
+        let (_, stride) = self.claims.matrix(name, tensor, E::KIND, shape, true)?;
         Ok((tensor.data_ptr().cast(), stride))
-    }
-
-    /// Elements from the first to the last of a matrix, and from one row to the next.
-    fn matrix<E: Scalar>(
-        &self,
-        name: &'static str,
-        tensor: &Tensor,
-        [rows, columns]: [usize; 2],
-    ) -> Result<(usize, usize), Error> {
-        check_kind(self.op, name, tensor, E::KIND)?;
-        check_shape(self.op, name, tensor, &[rows, columns])?;
-        if rows * columns == 0 {
-            return Ok((0, columns));
-        }
-        let strides = tensor.stride();
-        let stride = if rows == 1 {
-            columns
-        } else {
-            usize::try_from(strides[0]).unwrap_or(0)
-        };
-        if (columns > 1 && strides[1] != 1) || stride < columns {
-            return Err(self.layout(name, tensor, "dense within a row, rows apart or adjacent"));
-        }
-        Ok(((rows - 1) * stride + columns, stride))
-    }
-
-    fn dense<E: Scalar>(
-        &self,
-        name: &'static str,
-        tensor: &Tensor,
-        shape: &[usize],
-    ) -> Result<usize, Error> {
-        check_kind(self.op, name, tensor, E::KIND)?;
-        check_shape(self.op, name, tensor, shape)?;
-        if !tensor.is_contiguous() {
-            return Err(self.layout(name, tensor, "contiguous"));
-        }
-        Ok(shape.iter().product())
-    }
-
-    /// Notes the memory of an argument and refuses an overlap that involves a write.
-    fn claim<E>(
-        &mut self,
-        name: &'static str,
-        tensor: &Tensor,
-        len: usize,
-        written: bool,
-    ) -> Result<(), Error> {
-        if len == 0 {
-            return Ok(());
-        }
-        let start = tensor.data_ptr() as usize;
-        if !start.is_multiple_of(align_of::<E>()) {
-            return Err(self.layout(name, tensor, "aligned to its element size"));
-        }
-        self.claim_span(Span {
-            name,
-            start,
-            end: start + len * size_of::<E>(),
-            written,
-        })
-    }
-
-    fn claim_span(&mut self, span: Span) -> Result<(), Error> {
-        for slot in &mut self.spans {
-            match slot {
-                Some(other) => {
-                    let overlap = span.start < other.end && other.start < span.end;
-                    if overlap && (span.written || other.written) {
-                        return Err(Error::Overlap {
-                            op: self.op,
-                            first: other.name,
-                            second: span.name,
-                        });
-                    }
-                }
-                None => {
-                    *slot = Some(span);
-                    return Ok(());
-                }
-            }
-        }
-        Err(Error::Argument {
-            op: self.op,
-            message: format!("more than {MOST} tensors"),
-        })
-    }
-
-    fn layout(&self, name: &'static str, tensor: &Tensor, expected: &'static str) -> Error {
-        Error::Layout {
-            op: self.op,
-            tensor: name,
-            expected,
-            shape: tensor.size(),
-            strides: tensor.stride(),
-        }
     }
 }
 
@@ -277,65 +159,6 @@ pub(crate) fn shape_of(tensor: &Tensor) -> Vec<usize> {
         .into_iter()
         .map(|size| usize::try_from(size).unwrap_or(0))
         .collect()
-}
-
-/// Refuses a tensor that is not on the CPU or has another dtype.
-///
-/// # Errors
-/// [`Error::Unsupported`] for another device, [`Error::Dtype`] for another dtype.
-pub fn check_kind(
-    op: &'static str,
-    name: &'static str,
-    tensor: &Tensor,
-    expected: Kind,
-) -> Result<(), Error> {
-    let found = check_device(op, name, tensor)?;
-    if found == expected {
-        Ok(())
-    } else {
-        Err(Error::Dtype {
-            op,
-            tensor: name,
-            expected,
-            found,
-        })
-    }
-}
-
-/// Refuses a tensor that is not on the CPU; returns its dtype.
-///
-/// # Errors
-/// [`Error::Unsupported`] for another device, [`Error::Argument`] for an undefined tensor.
-pub fn check_device(op: &'static str, name: &'static str, tensor: &Tensor) -> Result<Kind, Error> {
-    if !tensor.defined() {
-        return Err(Error::Argument {
-            op,
-            message: format!("`{name}` is an undefined tensor"),
-        });
-    }
-    let dtype = tensor.f_kind().map_err(crate::error::torch(op))?;
-    if tensor.is_sparse() || tensor.is_mkldnn() {
-        let message = format!("`{name}` is sparse or in a library's own layout; make it dense");
-        return Err(Error::Argument { op, message });
-    }
-    on_cpu(op, name, tensor.device(), dtype)
-}
-
-fn on_cpu(
-    op: &'static str,
-    tensor: &'static str,
-    device: Device,
-    dtype: Kind,
-) -> Result<Kind, Error> {
-    match device {
-        Device::Cpu => Ok(dtype),
-        _ => Err(Error::Unsupported {
-            op,
-            tensor,
-            device,
-            dtype,
-        }),
-    }
 }
 
 /// Refuses a tensor of another shape.

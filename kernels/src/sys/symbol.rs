@@ -1,6 +1,9 @@
-//! Functions that some builds of libtorch export and others do not.
+//! Symbols of the libraries that are loaded: functions that some builds of libtorch export and others do
+//! not, and where a library lies.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, OsStr};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use libc::{c_int, c_void};
@@ -34,6 +37,21 @@ fn find(name: &CStr) -> Option<*mut c_void> {
     // SAFETY: the name is nul-terminated and RTLD_DEFAULT needs no handle.
     let address = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
     (!address.is_null()).then_some(address)
+}
+
+/// The file that a symbol was loaded from.
+pub(crate) fn file_of(name: &CStr) -> Option<PathBuf> {
+    let address = find(name)?;
+    // SAFETY: all-zero is a valid value of this plain struct.
+    let mut info: libc::Dl_info = unsafe { std::mem::zeroed() };
+    // SAFETY: the address is that of a loaded symbol, and `info` outlives the call.
+    let known = unsafe { libc::dladdr(address, &mut info) } != 0;
+    if !known || info.dli_fname.is_null() {
+        return None;
+    }
+    // SAFETY: the loader's own nul-terminated copy of the path, which lives as long as the library.
+    let path = unsafe { CStr::from_ptr(info.dli_fname) };
+    Some(PathBuf::from(OsStr::from_bytes(path.to_bytes())))
 }
 
 /// `cblas_gemm_bf16bf16f32`, where libtorch was built with MKL.

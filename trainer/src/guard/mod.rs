@@ -10,4 +10,4 @@ mod spikes;
 pub mod watchdog;
 
 pub use bad_steps::{BadStep, BadSteps, BadStepsState, Cause, Decision};
-pub use spikes::{Figure, Spike, SpikeState, Spikes, Verdict};
+pub use spikes::{Figure, Spike, SpikeState, Spikes};

@@ -5,6 +5,10 @@
 //! batches of broken text, or the beginning of a divergence. What is done about one is
 //! [`BadSteps`](super::BadSteps)'.
 //!
+//! The window gives a step its limits before it begins. Whoever knows loss and gradient norm first,
+//! which may be a device far from here, compares them, and the window hears later of a step that it
+//! was accepted, or says how one that was refused stood out.
+//!
 //! # Rules
 //! - Nothing is a spike before the window holds a quarter of its size, and at least
 //!   [`FEWEST_STEPS`]: a mean of a few steps says nothing, and early training moves fast.
@@ -21,6 +25,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 
+use oxitron_kernels::decision::Limits;
 use serde::{Deserialize, Serialize};
 
 use crate::config::GuardConfig;
@@ -49,15 +54,6 @@ pub struct SpikeState {
     loss: VecDeque<f64>,
     /// Gradient norms of the same steps.
     grad_norm: VecDeque<f64>,
-}
-
-/// What a step looks like beside those before it.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Verdict {
-    /// Like them, or there are too few of them.
-    Fine,
-    /// It stands out.
-    Spike(Spike),
 }
 
 /// How a step stands out.
@@ -94,35 +90,61 @@ impl Spikes {
         }
     }
 
-    /// Looks at a step, and takes it into the window if it is fine.
-    pub fn observe(&mut self, loss: f64, grad_norm: f64) -> Verdict {
-        let steps = self.state.loss.len();
-        let enough = steps >= FEWEST_STEPS.max(self.window.div_ceil(4));
+    /// What the next step may not exceed, or it stands out: infinite while there are too few steps
+    /// to compare it with. Clips nothing.
+    pub fn limits(&self) -> Limits {
+        let limit = |window: &VecDeque<f64>| {
+            if !self.has_enough() {
+                return f64::INFINITY;
+            }
+            let (mean, deviation) = level(window);
+            mean + self.zscore * deviation
+        };
+        Limits {
+            clip_norm: 0.0,
+            loss: limit(&self.state.loss),
+            grad_norm: limit(&self.state.grad_norm),
+        }
+    }
+
+    /// Takes a step into the window that has not exceeded its limits.
+    pub fn accept(&mut self, loss: f64, grad_norm: f64) {
+        self.state.push(loss, grad_norm, self.window);
+    }
+
+    /// How a step stands out that has exceeded its limits or is not finite.
+    pub fn spike(&self, loss: f64, grad_norm: f64) -> Spike {
         let spike = |figure, value: f64, window: &VecDeque<f64>| {
-            let (mean, z) = match (value.is_finite(), enough) {
-                (true, true) => standing(value, window),
-                (true, false) => return None,
-                (false, _) => (standing(0.0, window).0, f64::INFINITY),
+            let (mean, deviation) = level(window);
+            let z = match value - mean {
+                _ if !value.is_finite() => f64::INFINITY,
+                // Nothing finite stands out of too few steps.
+                _ if !self.has_enough() => 0.0,
+                above if deviation > 0.0 => above / deviation,
+                // A window of zeros has no scale at all: whatever is above it stands out.
+                above if above > 0.0 => f64::INFINITY,
+                _ => 0.0,
             };
-            (z > self.zscore).then_some(Spike {
+            Spike {
                 figure,
                 value,
                 mean,
                 z,
-                steps,
-            })
+                steps: window.len(),
+            }
         };
         let by_loss = spike(Figure::Loss, loss, &self.state.loss);
         let by_norm = spike(Figure::GradNorm, grad_norm, &self.state.grad_norm);
-        let worst = match (by_loss, by_norm) {
-            (Some(loss), Some(norm)) => Some(if norm.z > loss.z { norm } else { loss }),
-            (loss, norm) => loss.or(norm),
-        };
-        if let Some(spike) = worst {
-            return Verdict::Spike(spike);
+        if by_norm.z > by_loss.z {
+            by_norm
+        } else {
+            by_loss
         }
-        self.state.push(loss, grad_norm, self.window);
-        Verdict::Fine
+    }
+
+    /// Whether the window holds enough steps to compare another one with.
+    fn has_enough(&self) -> bool {
+        self.state.loss.len() >= FEWEST_STEPS.max(self.window.div_ceil(4))
     }
 
     /// Empties the window: where a stage begins, loss and gradient norm begin a level of their own.
@@ -156,20 +178,13 @@ impl SpikeState {
     }
 }
 
-/// Mean of a window, and the standard deviations by which `value` lies above it.
-fn standing(value: f64, window: &VecDeque<f64>) -> (f64, f64) {
+/// Mean of a window and its standard deviation, which counts as at least a share of the mean.
+fn level(window: &VecDeque<f64>) -> (f64, f64) {
     let count = window.len().max(1) as f64;
     let mean = window.iter().sum::<f64>() / count;
     let squares = window.iter().map(|figure| (figure - mean).powi(2));
     let deviation = (squares.sum::<f64>() / count).sqrt();
-    let deviation = deviation.max(FLATTEST * mean.abs());
-    // A window of zeros has no scale at all: whatever is above it stands out.
-    let z = match value - mean {
-        above if deviation > 0.0 => above / deviation,
-        above if above > 0.0 => f64::INFINITY,
-        _ => 0.0,
-    };
-    (mean, z)
+    (mean, deviation.max(FLATTEST * mean.abs()))
 }
 
 impl fmt::Display for Figure {
@@ -203,7 +218,7 @@ impl fmt::Display for Spike {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::panic)]
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
 
     use super::*;
     use proptest::prelude::*;
@@ -221,32 +236,46 @@ mod tests {
         let mut spikes = spikes(window, 6.0);
         for step in 0..window {
             let sign = if step % 2 == 0 { 1.0 } else { -1.0 };
-            let verdict = spikes.observe(2.0 + 0.1 * sign, 1.0 - 0.1 * sign);
-            assert_eq!(verdict, Verdict::Fine);
+            let verdict = observe(&mut spikes, 2.0 + 0.1 * sign, 1.0 - 0.1 * sign);
+            assert_eq!(verdict, None);
         }
         spikes
     }
 
-    fn spike(verdict: Verdict) -> Spike {
-        match verdict {
-            Verdict::Spike(spike) => spike,
-            Verdict::Fine => panic!("it should stand out"),
+    /// Decides as a step does, and follows it.
+    fn observe(spikes: &mut Spikes, loss: f64, grad_norm: f64) -> Option<Spike> {
+        let limits = spikes.limits();
+        let finite = loss.is_finite() && grad_norm.is_finite();
+        if !finite || loss > limits.loss || grad_norm > limits.grad_norm {
+            return Some(spikes.spike(loss, grad_norm));
         }
+        spikes.accept(loss, grad_norm);
+        None
+    }
+
+    fn spike(found: Option<Spike>) -> Spike {
+        found.expect("it should stand out")
     }
 
     #[test]
     fn what_lies_too_far_above_the_mean_stands_out() {
         let mut spikes = settled(64);
-        assert_eq!(spikes.observe(2.59, 1.59), Verdict::Fine);
+        assert_eq!(observe(&mut spikes, 2.59, 1.59), None);
         let mut spikes = settled(64);
-        let loss = spike(spikes.observe(2.61, 1.0));
+        let loss = spike(observe(&mut spikes, 2.61, 1.0));
         assert_eq!((loss.figure, loss.steps), (Figure::Loss, 64));
         assert!((loss.mean - 2.0).abs() < 1e-12 && (loss.z - 6.1).abs() < 1e-9);
-        assert_eq!(spike(spikes.observe(2.0, 1.7)).figure, Figure::GradNorm);
+        assert_eq!(
+            spike(observe(&mut spikes, 2.0, 1.7)).figure,
+            Figure::GradNorm
+        );
         // The one that stands out more is named.
-        assert_eq!(spike(spikes.observe(2.7, 3.0)).figure, Figure::GradNorm);
-        assert_eq!(spike(spikes.observe(5.0, 1.7)).figure, Figure::Loss);
-        let text = spike(spikes.observe(2.7, 1.0)).to_string();
+        assert_eq!(
+            spike(observe(&mut spikes, 2.7, 3.0)).figure,
+            Figure::GradNorm
+        );
+        assert_eq!(spike(observe(&mut spikes, 5.0, 1.7)).figure, Figure::Loss);
+        let text = spike(observe(&mut spikes, 2.7, 1.0)).to_string();
         assert_eq!(
             text,
             "the loss 2.7000 is 7.0 standard deviations above 2.0000, the mean of 64 accepted steps"
@@ -258,17 +287,17 @@ mod tests {
         let mut spikes = settled(32);
         let before = spikes.state().clone();
         for _ in 0..100 {
-            spike(spikes.observe(9.0, 1.0));
+            spike(observe(&mut spikes, 9.0, 1.0));
         }
         assert_eq!(spikes.state(), &before);
-        assert_eq!(spikes.observe(2.0, 1.0), Verdict::Fine);
+        assert_eq!(observe(&mut spikes, 2.0, 1.0), None);
         assert_ne!(spikes.state(), &before);
     }
 
     #[test]
     fn downward_is_never_a_spike() {
         let mut spikes = settled(32);
-        assert_eq!(spikes.observe(-100.0, 0.0), Verdict::Fine);
+        assert_eq!(observe(&mut spikes, -100.0, 0.0), None);
     }
 
     #[test]
@@ -277,11 +306,11 @@ mod tests {
             let mut spikes = spikes(window, 6.0);
             for step in 0..needed {
                 // Far out, but with too little to compare it with.
-                let verdict = spikes.clone().observe(1e6, 1e6);
-                assert_eq!(verdict, Verdict::Fine, "window {window}, step {step}");
-                assert_eq!(spikes.observe(2.0, 1.0), Verdict::Fine);
+                let verdict = observe(&mut spikes.clone(), 1e6, 1e6);
+                assert_eq!(verdict, None, "window {window}, step {step}");
+                assert_eq!(observe(&mut spikes, 2.0, 1.0), None);
             }
-            spike(spikes.observe(1e6, 1.0));
+            spike(observe(&mut spikes, 1e6, 1.0));
         }
     }
 
@@ -289,26 +318,26 @@ mod tests {
     fn noise_in_a_flat_window_is_no_spike() {
         let mut flat = spikes(16, 6.0);
         for _ in 0..16 {
-            assert_eq!(flat.observe(2.0, 0.5), Verdict::Fine);
+            assert_eq!(observe(&mut flat, 2.0, 0.5), None);
         }
-        assert_eq!(flat.clone().observe(2.01, 0.502), Verdict::Fine);
-        spike(flat.observe(2.013, 0.5));
+        assert_eq!(observe(&mut flat.clone(), 2.01, 0.502), None);
+        spike(observe(&mut flat, 2.013, 0.5));
         let mut zeros = spikes(16, 6.0);
         for _ in 0..16 {
-            assert_eq!(zeros.observe(0.0, 0.0), Verdict::Fine);
+            assert_eq!(observe(&mut zeros, 0.0, 0.0), None);
         }
-        assert_eq!(zeros.observe(0.0, 0.0), Verdict::Fine);
-        assert_eq!(spike(zeros.observe(1e-9, 0.0)).z, f64::INFINITY);
+        assert_eq!(observe(&mut zeros, 0.0, 0.0), None);
+        assert_eq!(spike(observe(&mut zeros, 1e-9, 0.0)).z, f64::INFINITY);
     }
 
     #[test]
     fn what_is_not_finite_stands_out_from_the_start() {
         for bad in [f64::NAN, f64::INFINITY] {
             let mut empty = spikes(16, 6.0);
-            let found = spike(empty.observe(2.0, bad));
+            let found = spike(observe(&mut empty, 2.0, bad));
             assert_eq!((found.figure, found.z), (Figure::GradNorm, f64::INFINITY));
             assert!(found.to_string().contains("not finite"), "{found}");
-            spike(empty.observe(bad, 2.0));
+            spike(observe(&mut empty, bad, 2.0));
             assert_eq!(empty.state(), &SpikeState::default());
         }
     }
@@ -324,7 +353,7 @@ mod tests {
                 level + 0.05 * f64::from(pair[0]),
                 1.0 + 0.1 * f64::from(pair[1]),
             );
-            assert_eq!(spikes.observe(loss, norm), Verdict::Fine, "step {step}");
+            assert_eq!(observe(&mut spikes, loss, norm), None, "step {step}");
         }
     }
 
@@ -353,17 +382,42 @@ mod tests {
             let mut straight = spikes(window, zscore);
             let mut first = spikes(window, zscore);
             for &(loss, norm) in &figures[..at] {
-                straight.observe(loss, norm);
-                first.observe(loss, norm);
+                observe(&mut straight, loss, norm);
+                observe(&mut first, loss, norm);
             }
             let stored = serde_json::to_string(first.state()).unwrap();
             let mut resumed = spikes(window, zscore);
             resumed.restore(serde_json::from_str(&stored).unwrap());
             prop_assert_eq!(&resumed, &straight);
             for &(loss, norm) in &figures[at..] {
-                prop_assert_eq!(resumed.observe(loss, norm), straight.observe(loss, norm));
+                prop_assert_eq!(observe(&mut resumed, loss, norm), observe(&mut straight, loss, norm));
             }
             prop_assert_eq!(&resumed, &straight);
+        }
+
+        /// A limit is exceeded by what lies more than that many standard deviations above the mean,
+        /// up to the rounding of the two, and the figure named is one that does.
+        #[test]
+        fn limits_are_a_matter_of_standard_deviations(
+            figures in prop::collection::vec((0.1f64..4.0, 1e-3f64..1e3), 20..100),
+            scale in -20i32..20,
+            zscore in 0.5f64..4.0,
+        ) {
+            let mut spikes = spikes(20, zscore);
+            for (loss, norm) in figures {
+                let norm = norm * 10f64.powi(scale);
+                let (limits, spike) = (spikes.limits(), spikes.spike(loss, norm));
+                let refused = loss > limits.loss || norm > limits.grad_norm;
+                if (spike.z / zscore - 1.0).abs() > 1e-9 {
+                    prop_assert_eq!(refused, spike.z > zscore);
+                    let named = match spike.figure {
+                        Figure::Loss => loss > limits.loss,
+                        Figure::GradNorm => norm > limits.grad_norm,
+                    };
+                    prop_assert_eq!(named, refused);
+                }
+                spikes.accept(loss, norm);
+            }
         }
 
         /// The window holds the last accepted steps, and the unit of a figure does not matter.
@@ -377,11 +431,11 @@ mod tests {
             let mut scaled = spikes(window, zscore);
             let mut accepted = Vec::new();
             for (loss, norm) in figures {
-                let verdict = plain.observe(loss, norm);
+                let verdict = observe(&mut plain, loss, norm);
                 // A power of two scales without rounding.
-                let other = scaled.observe(loss * 1024.0, norm / 64.0);
-                prop_assert_eq!(verdict == Verdict::Fine, other == Verdict::Fine);
-                if verdict == Verdict::Fine {
+                let other = observe(&mut scaled, loss * 1024.0, norm / 64.0);
+                prop_assert_eq!(verdict == None, other == None);
+                if verdict == None {
                     accepted.push((loss, norm));
                 }
                 let newest = &accepted[accepted.len().saturating_sub(window)..];

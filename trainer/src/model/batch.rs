@@ -1,6 +1,6 @@
 //! A micro-batch of packed samples as tensors.
 
-use oxitron_kernels::DocumentStarts;
+use oxitron_kernels::{DocumentStarts, embedding::TokenIds};
 use tch::{Device, Tensor};
 
 use super::{ModelError, TorchContext};
@@ -11,14 +11,16 @@ use super::{ModelError, TorchContext};
 /// mask RoPE depends on differences of positions only.
 #[derive(Debug)]
 pub struct Batch {
-    /// `[samples · seq_len]` i64.
-    pub tokens: Tensor,
+    /// `samples · seq_len` of them.
+    pub tokens: TokenIds,
     /// `[samples · seq_len]` i64; -100 where nothing is predicted.
     pub targets: Tensor,
     /// `[samples · seq_len]` i64.
     pub positions: Tensor,
     /// Where documents begin, per sample.
     pub documents: DocumentStarts,
+    /// The same over the whole batch, `[documents + 1]` i32, where a GPU computes.
+    pub starts: Option<Tensor>,
     /// Tokens with a target.
     pub target_count: u64,
     /// Samples.
@@ -56,14 +58,24 @@ impl Batch {
                 layer: "batch".into(),
                 source,
             })?;
+        const COPYING: &str = "copying a batch to the device";
         let tensor = |values: &[i64]| {
             Tensor::f_from_slice(values)
                 .and_then(|tensor| tensor.f_to_device(device))
-                .during("copying a batch to the device")
+                .during(COPYING)
         };
+        let starts = device.is_cuda().then(|| {
+            Tensor::f_from_slice(&documents.cumulative())
+                .and_then(|starts| starts.f_to_device(device))
+                .during(COPYING)
+        });
         Ok(Self {
             target_count: targets.iter().filter(|&&target| target >= 0).count() as u64,
-            tokens: tensor(tokens)?,
+            tokens: TokenIds::new(tokens, device).map_err(|source| ModelError::Kernel {
+                layer: "batch".into(),
+                source,
+            })?,
+            starts: starts.transpose()?,
             targets: tensor(targets)?,
             positions: tensor(&documents.positions())?,
             documents,

@@ -8,7 +8,7 @@ use oxitron_kernels::{
     WorkspacePlan, attention, linear_add, linear_cross_entropy,
     linear_cross_entropy::DEFAULT_CHUNK, linear_glu, linear_rope, rms_norm,
 };
-use tch::Kind;
+use tch::{Device, Kind};
 
 use super::{
     activations::Precision,
@@ -120,7 +120,7 @@ impl Count {
     fn workspace(&self, model: &ModelConfig) -> WorkspacePlan {
         let (kind, tokens, hidden) = (self.precision.compute, self.tokens, model.hidden_size);
         let width = |slot: usize| self.program.slots[slot].width;
-        let mut plan = WorkspacePlan::default();
+        let mut plan = WorkspacePlan::new(Device::Cpu);
         for op in &self.program.ops {
             match *op {
                 Op::RmsNorm { x, .. } => rms_norm::plan(&mut plan, tokens, width(x)),

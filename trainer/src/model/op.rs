@@ -278,6 +278,7 @@ fn attention_inputs<'t>(
         k: &projections.key,
         v: &projections.value,
         documents: &batch.documents,
+        starts: batch.starts.as_ref(),
         scale: 1.0 / (heads.width as f64).sqrt(),
     }
 }

@@ -36,8 +36,8 @@ impl Trainer<'_> {
         let bad = BadStep {
             step: self.progress.step,
             samples: data.samples.clone(),
-            loss: agreement.loss.mean(),
-            grad_norm: agreement.grad_norm,
+            loss: agreement.record.mean_loss,
+            grad_norm: agreement.record.grad_norm,
             cause,
             checkpoint_sample: earlier.map(|earlier| earlier.samples),
         };

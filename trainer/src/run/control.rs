@@ -2,15 +2,17 @@
 //!
 //! Whatever ranks must agree on in a step travels in a single sum of fixed size: the loss, the
 //! number of targets, the gradient norm, whether anybody asked to stop, and how saves get on.
-//! Decisions are made from the sums alone, so every rank decides alike.
+//! Decisions are made from the sums alone, so every rank decides alike. They are made where the
+//! tensors are: the optimizer acts on them without the host, which reads what they were when the
+//! step is over.
 
-use oxitron_kernels::norm::SumOfSquares;
-use tch::Tensor;
+use oxitron_kernels::decision::{self, Betas, Decision, Limits, Record};
+use tch::{Device, Kind, Tensor};
 
 use super::RunError;
 use crate::comm::Lane;
 use crate::faults;
-use crate::guard::{self, Cause, Spikes};
+use crate::guard::{Cause, Spikes};
 use crate::model::Loss;
 use crate::zero::CommClock;
 
@@ -26,12 +28,10 @@ pub(super) fn control_bytes(ranks: usize) -> usize {
     (to_be_summed + summed) * size_of::<f64>()
 }
 
-/// What a rank brings to the agreement.
+/// What a rank brings to the agreement, beside its squares of the gradient.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct Contribution {
     pub(super) loss: Loss,
-    /// Over the rank's slices, of the gradient of the summed loss.
-    pub(super) gradient: SumOfSquares,
     pub(super) flags: Flags,
 }
 
@@ -47,100 +47,154 @@ pub(super) struct Flags {
 }
 
 /// What all ranks know afterwards.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Agreement {
-    /// Over the whole global batch.
-    pub(super) loss: Loss,
-    /// Norm of the gradient of the mean loss, before clipping.
-    pub(super) grad_norm: f64,
+    /// What was decided, from which figures of the whole global batch.
+    pub(super) record: Record,
     /// What at least one rank said.
     pub(super) flags: Flags,
 }
 
 impl Contribution {
-    /// Spoiled, where a test asks for it.
-    pub(super) fn with_faults(mut self) -> Self {
+    /// Spoiled together with the `squares`, where a test asks for it.
+    fn with_faults(mut self, squares: &mut Tensor) -> Result<Self, RunError> {
         if let Some(fault) = faults::at("step::loss") {
             self.loss.sum = fault.apply(self.loss.sum);
         }
         if let Some(fault) = faults::at("step::gradient") {
-            self.gradient.sum = fault.apply(self.gradient.sum);
+            let spoiled = fault.apply(squares.f_double_value(&[0])?);
+            let _ = squares.f_select(0, 0)?.f_fill_(spoiled)?;
         }
-        self
+        Ok(self)
     }
 }
 
-/// What to do with the gradient.
+/// What became of the gradient.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Verdict {
-    /// Update with the gradient times this factor, which averages over the targets and clips.
-    Update { gradient_scale: f64 },
-    /// Leave weights and moments alone.
+    /// Weights and moments were updated.
+    Update,
+    /// They were left alone.
     Skip { cause: Cause },
 }
 
 impl Agreement {
-    /// Clips to `clip_norm` (0 for no clipping), or skips what is not finite or, where `spikes` are
-    /// watched, stands out.
-    pub(super) fn verdict(&self, clip_norm: f64, spikes: Option<&mut Spikes>) -> Verdict {
-        let skip = |reason| Verdict::Skip {
-            cause: Cause::Unusable(reason),
+    /// What was decided, with the reason where it was to skip. A step that stood out did so of the
+    /// steps that `spikes` holds.
+    pub(super) fn verdict(&self, spikes: &Spikes) -> Verdict {
+        let Record {
+            mean_loss,
+            grad_norm,
+            cause,
+            ..
+        } = self.record;
+        let cause = match cause {
+            decision::Cause::Update => return Verdict::Update,
+            decision::Cause::NoTarget => Cause::Unusable("the batch has no target token"),
+            decision::Cause::LossNotFinite => Cause::Unusable("the loss is not finite"),
+            decision::Cause::NormNotFinite => Cause::Unusable("the gradient norm is not finite"),
+            decision::Cause::LossAboveLimit | decision::Cause::NormAboveLimit => {
+                Cause::Spike(spikes.spike(mean_loss, grad_norm))
+            }
         };
-        if self.loss.targets == 0 {
-            return skip("the batch has no target token");
-        }
-        if !self.loss.sum.is_finite() {
-            return skip("the loss is not finite");
-        }
-        if !self.grad_norm.is_finite() {
-            return skip("the gradient norm is not finite");
-        }
-        let look = |spikes: &mut Spikes| spikes.observe(self.loss.mean(), self.grad_norm);
-        if let Some(guard::Verdict::Spike(spike)) = spikes.map(look) {
-            return Verdict::Skip {
-                cause: Cause::Spike(spike),
-            };
-        }
-        // The small constant is that of torch.nn.utils.clip_grad_norm_, kept for parity.
-        let clip = if clip_norm > 0.0 {
-            (clip_norm / (self.grad_norm + 1e-6)).min(1.0)
-        } else {
-            1.0
-        };
-        Verdict::Update {
-            gradient_scale: clip / self.loss.targets as f64,
-        }
+        Verdict::Skip { cause }
     }
 }
 
-/// Sums the contributions of all ranks of `lane`.
-pub(super) fn agree(
-    lane: &Lane,
-    mine: Contribution,
-    clock: &mut CommClock,
-) -> Result<Agreement, RunError> {
-    let mine: [f64; VALUES] = [
-        mine.loss.sum,
-        mine.loss.targets as f64,
-        mine.gradient.sum,
-        f64::from(u8::from(mine.flags.stop_requested)),
-        f64::from(u8::from(mine.flags.saving)),
-        f64::from(u8::from(mine.flags.save_failed)),
-    ];
-    let sums = sum(lane, &mine, clock)?;
-    let targets = sums[1] as u64;
-    Ok(Agreement {
-        loss: Loss {
-            sum: sums[0],
-            targets,
-        },
-        grad_norm: sums[2].sqrt() / targets.max(1) as f64,
-        flags: Flags {
-            stop_requested: sums[3] > 0.0,
-            saving: sums[4] > 0.0,
-            save_failed: sums[5] > 0.0,
-        },
-    })
+/// What decides about the steps of a run, on the device on which it trains. Nothing but
+/// [`Control::read`] waits until a step has come to its decision.
+#[derive(Debug)]
+pub(super) struct Control {
+    /// `[2]` fp64: this rank's squares of the gradient of the summed loss, and how many of its
+    /// elements are not finite.
+    squares: Tensor,
+    /// `[VALUES]` fp64, of all ranks once they have agreed.
+    sums: Tensor,
+    record: Tensor,
+    /// Counts Adam's time.
+    decision: Decision,
+}
+
+impl Control {
+    /// After `adam_steps` updates.
+    pub(super) fn new(adam_steps: u64, device: Device) -> Result<Self, RunError> {
+        let zeros = |length: usize| Tensor::f_zeros([length as i64], (Kind::Double, device));
+        Ok(Self {
+            squares: zeros(2)?,
+            sums: zeros(VALUES)?,
+            record: Record::empty(device)?,
+            decision: Decision::new(adam_steps, device)?,
+        })
+    }
+
+    /// Goes on as after `adam_steps` updates: those of a checkpoint, or none.
+    pub(super) fn set_adam_steps(&mut self, adam_steps: u64) -> Result<(), RunError> {
+        self.decision = Decision::new(adam_steps, self.sums.device())?;
+        Ok(())
+    }
+
+    /// Forgets the squares of the step before.
+    pub(super) fn begin_step(&mut self) -> Result<(), RunError> {
+        let _ = self.squares.f_zero_()?;
+        Ok(())
+    }
+
+    /// To add this rank's squares to.
+    pub(super) fn squares(&mut self) -> &mut Tensor {
+        &mut self.squares
+    }
+
+    /// For the optimizer, once the ranks have agreed.
+    pub(super) fn decision(&self) -> &Decision {
+        &self.decision
+    }
+
+    /// Sums the contributions of all ranks of `lane` and decides.
+    pub(super) fn agree(
+        &mut self,
+        lane: &Lane,
+        mine: Contribution,
+        limits: &Limits,
+        betas: Betas,
+        clock: &mut CommClock,
+    ) -> Result<(), RunError> {
+        let Contribution { loss, flags } = mine.with_faults(&mut self.squares)?;
+        let mine: [f64; VALUES] = [
+            loss.sum,
+            loss.targets as f64,
+            0.0,
+            f64::from(u8::from(flags.stop_requested)),
+            f64::from(u8::from(flags.saving)),
+            f64::from(u8::from(flags.save_failed)),
+        ];
+        self.sums.f_copy_(&Tensor::f_from_slice(&mine)?)?;
+        // The squares do not pass through the host.
+        self.sums
+            .f_select(0, 2)?
+            .f_copy_(&self.squares.f_select(0, 0)?)?;
+        self.sums = reduce(lane, self.sums.shallow_clone(), clock)?;
+        let Self {
+            sums,
+            record,
+            decision,
+            ..
+        } = self;
+        Ok(decision::decide(sums, limits, betas, record, decision)?)
+    }
+
+    /// What the ranks have agreed on last.
+    pub(super) fn read(&self) -> Result<Agreement, RunError> {
+        let record = Record::read(&self.record)?;
+        let sums = Vec::<f64>::try_from(&self.sums.f_to_device(Device::Cpu)?)?;
+        Ok(Agreement {
+            record,
+            flags: Flags {
+                stop_requested: sums[3] > 0.0,
+                saving: sums[4] > 0.0,
+                save_failed: sums[5] > 0.0,
+            },
+        })
+    }
 }
 
 /// Sums vectors of equal length over the ranks of `lane`, in rank order.
@@ -149,55 +203,147 @@ pub(super) fn sum(
     values: &[f64],
     clock: &mut CommClock,
 ) -> Result<Vec<f64>, RunError> {
+    let sums = reduce(lane, Tensor::f_from_slice(values)?, clock)?;
+    Ok(Vec::<f64>::try_from(&sums)?)
+}
+
+/// As [`sum`], where the values are.
+fn reduce(lane: &Lane, values: Tensor, clock: &mut CommClock) -> Result<Tensor, RunError> {
     let began = std::time::Instant::now();
-    let tensor = Tensor::f_from_slice(values)?;
-    let (tensor, traffic) = lane.all_reduce(tensor).wait()?;
+    let (sums, traffic) = lane.all_reduce(values).wait()?;
     clock.count("control", None, began, traffic);
-    Ok(Vec::<f64>::try_from(&tensor)?)
+    Ok(sums)
 }
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::panic)]
+    #![allow(clippy::unwrap_used)]
 
     use super::*;
+    use crate::comm::Comm;
+    use crate::config::Config;
 
-    fn agreement(sum: f64, targets: u64, grad_norm: f64) -> Agreement {
-        Agreement {
-            loss: Loss { sum, targets },
-            grad_norm,
+    const BETAS: Betas = Betas {
+        first: 0.9,
+        second: 0.95,
+    };
+
+    /// A step of one rank.
+    fn step(control: &mut Control, loss: Loss, squares: f64, limits: &Limits) -> Agreement {
+        let lane = Comm::solo().lane(&[0]).unwrap();
+        control.begin_step().unwrap();
+        let _ = control.squares().get(0).fill_(squares);
+        let mine = Contribution {
+            loss,
             flags: Flags::default(),
-        }
-    }
-
-    #[test]
-    fn clipping_scales_down_only() {
-        let Verdict::Update { gradient_scale } = agreement(8.0, 4, 10.0).verdict(1.0, None) else {
-            panic!("a finite step is not skipped")
         };
-        assert!((gradient_scale - 1.0 / (10.0 + 1e-6) / 4.0).abs() < 1e-15);
-        assert_eq!(
-            agreement(8.0, 4, 0.5).verdict(1.0, None),
-            Verdict::Update {
-                gradient_scale: 0.25
-            }
-        );
-        assert_eq!(
-            agreement(8.0, 4, 10.0).verdict(0.0, None),
-            Verdict::Update {
-                gradient_scale: 0.25
-            }
-        );
+        let clock = &mut CommClock::default();
+        control.agree(&lane, mine, limits, BETAS, clock).unwrap();
+        control.read().unwrap()
+    }
+
+    fn loss(sum: f64, targets: u64) -> Loss {
+        Loss { sum, targets }
     }
 
     #[test]
-    fn what_is_not_finite_is_skipped() {
-        for bad in [
-            agreement(f64::NAN, 4, 1.0),
-            agreement(1.0, 4, f64::INFINITY),
-            agreement(0.0, 0, 0.0),
-        ] {
-            assert!(matches!(bad.verdict(1.0, None), Verdict::Skip { .. }));
+    fn ranks_decide_alike_from_what_they_bring_together() {
+        let rank = |comm: Comm| {
+            let lane = comm.lane(&[0, 1]).unwrap();
+            let mut control = Control::new(3, Device::Cpu).unwrap();
+            let mut agreements = Vec::new();
+            for step in 0..2 {
+                control.begin_step().unwrap();
+                // 36 in the first step and 64 in the second, over 3 targets.
+                let squares = [[18.0, 18.0], [0.0, 64.0]][step][comm.rank()];
+                let _ = control.squares().get(0).fill_(squares);
+                let mine = Contribution {
+                    loss: loss(1.5, 1 + comm.rank() as u64),
+                    flags: Flags {
+                        saving: comm.rank() == step,
+                        stop_requested: step == 1,
+                        save_failed: false,
+                    },
+                };
+                let limits = Limits {
+                    grad_norm: 2.5,
+                    ..Limits::clip(1.0)
+                };
+                let clock = &mut CommClock::default();
+                control.agree(&lane, mine, &limits, BETAS, clock).unwrap();
+                agreements.push(control.read().unwrap());
+            }
+            comm.finish().unwrap();
+            agreements
+        };
+        let comms = Comm::threads(2).unwrap();
+        let found: Vec<Vec<Agreement>> = std::thread::scope(|scope| {
+            let threads: Vec<_> = comms
+                .into_iter()
+                .map(|comm| scope.spawn(|| rank(comm)))
+                .collect();
+            let join = |thread: std::thread::ScopedJoinHandle<'_, _>| thread.join().unwrap();
+            threads.into_iter().map(join).collect()
+        });
+        assert_eq!(found[0], found[1]);
+        let [first, second] = [found[0][0], found[0][1]];
+        assert_eq!((first.record.mean_loss, first.record.targets), (1.0, 3));
+        assert_eq!((first.record.grad_norm, first.record.adam_steps), (2.0, 4));
+        assert!((first.record.gradient_scale - 0.5 / 3.0).abs() < 1e-6);
+        assert!(first.flags.saving && !first.flags.stop_requested);
+        assert_eq!(second.record.cause, decision::Cause::NormAboveLimit);
+        assert_eq!(second.record.adam_steps, 4);
+        assert!(second.flags.saving && second.flags.stop_requested);
+        assert!(!second.flags.save_failed);
+    }
+
+    #[test]
+    fn what_is_not_finite_or_stands_out_is_skipped_for_a_reason() {
+        let text = "[model]\npreset = \"llama-7b\"\n[data]\n[[data.source]]\nname = \"a\"\n\
+                    path = \"a\"\n[optimizer]\nlr = 1e-3\n[[stage]]\nname = \"s\"\nseq_len = 64\n\
+                    steps = 1\nbatch_tokens = 64\n";
+        let config = Config::from_text(text, "test", std::path::Path::new("/"), &[]);
+        let mut spikes = Spikes::new(&config.unwrap().guard);
+        for _ in 0..128 {
+            spikes.accept(2.0, 1.0);
         }
+        let limits = Limits {
+            clip_norm: 1.0,
+            ..spikes.limits()
+        };
+        let mut control = Control::new(0, Device::Cpu).unwrap();
+        for (bad, squares, reason) in [
+            (loss(0.0, 0), 0.0, "the batch has no target token"),
+            (loss(f64::NAN, 4), 1.0, "the loss is not finite"),
+            (
+                loss(8.0, 4),
+                f64::INFINITY,
+                "the gradient norm is not finite",
+            ),
+        ] {
+            let verdict = step(&mut control, bad, squares, &limits).verdict(&spikes);
+            let cause = Cause::Unusable(reason);
+            assert_eq!(verdict, Verdict::Skip { cause });
+        }
+        let verdict = step(&mut control, loss(12.0, 4), 16.0, &limits).verdict(&spikes);
+        let cause = Cause::Spike(spikes.spike(3.0, 1.0));
+        assert_eq!(verdict, Verdict::Skip { cause });
+        let verdict = step(&mut control, loss(8.0, 4), 16.0, &limits).verdict(&spikes);
+        assert_eq!(verdict, Verdict::Update);
+    }
+
+    #[test]
+    fn adams_time_is_that_of_the_run() {
+        let limits = Limits::clip(1.0);
+        let mut control = Control::new(6, Device::Cpu).unwrap();
+        let after = |control: &mut Control, loss| {
+            let agreement = step(control, loss, 1.0, &limits);
+            agreement.record.adam_steps
+        };
+        assert_eq!(after(&mut control, loss(8.0, 4)), 7);
+        assert_eq!(after(&mut control, loss(f64::NAN, 4)), 7);
+        assert_eq!(after(&mut control, loss(8.0, 4)), 8);
+        control.set_adam_steps(0).unwrap();
+        assert_eq!(after(&mut control, loss(8.0, 4)), 1);
     }
 }

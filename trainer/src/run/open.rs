@@ -7,7 +7,7 @@ use tch::Device;
 use super::{
     RunError,
     choices::{choose_dtype, choose_products},
-    control,
+    control::{self, Control},
     folder::RunFolder,
     origin::Origin,
     plan::{RunPlan, dtype_name, kind, set_threads, wire},
@@ -92,15 +92,18 @@ impl<'a> Trainer<'a> {
             &config.run.dir,
             "start a thread that looks for requests to stop in",
         ));
+        let progress = Progress::start(dataset.start());
+        let control = Control::new(progress.adam_step, DEVICE);
         let mut trainer = Self {
             config,
             watch,
-            progress: Progress::start(dataset.start()),
+            progress,
             device: DEVICE,
             dtype,
             plan,
             decoder,
             zero,
+            control: ranks.together(control)?,
             dataset,
             run_id,
             attempt,

@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
-use oxitron_kernels::memory;
+use oxitron_kernels::{decision::Cause, memory};
 
 use super::{
     RunError,
-    control::Verdict,
+    control::Agreement,
     feed::StepData,
     stage::Stage,
     step::StepReport,
@@ -21,7 +21,7 @@ impl Trainer<'_> {
         &mut self,
         stage: &Stage<'_>,
         data: &StepData,
-        report: &StepReport,
+        (report, agreement): (&StepReport, &Agreement),
         lr: f64,
         step_seconds: f64,
     ) -> Result<(), RunError> {
@@ -34,11 +34,11 @@ impl Trainer<'_> {
             attempt: self.attempt,
             stage: stage.config.name.clone(),
             seq_len: stage.config.seq_len as u64,
-            loss: report.agreement.loss.mean(),
-            grad_norm: report.agreement.grad_norm,
+            loss: agreement.record.mean_loss,
+            grad_norm: agreement.record.grad_norm,
             lr,
             tokens: self.progress.tokens,
-            target_tokens: report.agreement.loss.targets,
+            target_tokens: agreement.record.targets,
             samples: data.count,
             tokens_per_second,
             tgs: tokens_per_second / self.ranks.ranks as f64,
@@ -51,7 +51,7 @@ impl Trainer<'_> {
             exposed_comm_seconds: report.comm.exposed.as_secs_f64(),
             optimizer_seconds: report.optimizer.as_secs_f64(),
             peak_bytes: memory::stats().peak_bytes,
-            skipped: matches!(report.verdict, Verdict::Skip { .. }),
+            skipped: agreement.record.cause != Cause::Update,
         };
         metrics.step(&record);
         let last_step = self.config.stages.iter().map(|stage| stage.steps).sum();

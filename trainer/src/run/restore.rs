@@ -99,6 +99,7 @@ impl Trainer<'_> {
         let meta = checkpoint.meta();
         let steps: Vec<u64> = self.config.stages.iter().map(|stage| stage.steps).collect();
         self.progress = Progress::from_manifest(meta, checkpoint.dir())?.fitted(&steps);
+        self.control.set_adam_steps(self.progress.adam_step)?;
         self.spikes.restore(meta.guard.spikes.clone());
         self.parent = Some(self.shown(checkpoint.dir()));
         Ok(())

@@ -44,7 +44,12 @@ impl<'a> Stage<'a> {
             config: stage,
             actions: plan.step(index),
             evaluation: plan.evaluation(index),
-            rope: RopeTable::new(stage.rope_base, config.model.head_dim, stage.seq_len)?,
+            rope: RopeTable::new(
+                stage.rope_base,
+                config.model.head_dim,
+                stage.seq_len,
+                device,
+            )?,
             activations: decoder.activations(tokens, recompute, device)?,
             feed,
         })
@@ -89,6 +94,7 @@ impl<'a> Trainer<'a> {
                 tracing::info!("stage {}: AdamW starts afresh", stage.name);
                 self.zero.reset_moments()?;
                 self.progress.adam_step = 0;
+                self.control.set_adam_steps(0)?;
             }
             // Another length of context is another level of the loss.
             self.spikes.clear();

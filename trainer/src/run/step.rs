@@ -2,18 +2,21 @@
 
 use std::time::{Duration, Instant};
 
-use oxitron_kernels::{RopeTable, adamw::AdamW, norm::SumOfSquares};
+use oxitron_kernels::{
+    RopeTable,
+    adamw::AdamW,
+    decision::{Betas, Limits},
+};
 
 use super::{
     RunError,
-    control::{self, Agreement, Contribution, Flags, Verdict},
+    control::{Contribution, Control, Flags},
     stops::Stops,
     trace::Tracer,
     watch::Watch,
 };
 use crate::comm::Lane;
 use crate::faults;
-use crate::guard::{Cause, Spikes};
 use crate::model::{Activations, Batch, Decoder, Loss, Objective};
 use crate::plan::Action;
 use crate::zero::{CommClock, Zero};
@@ -23,11 +26,12 @@ pub(super) struct Step<'a> {
     pub(super) pass: Pass<'a>,
     /// All ranks.
     pub(super) world: &'a Lane,
-    /// Settings of this step's update; the gradient scale is the control action's to decide.
+    /// Decides whether and how the step updates. What it decides stays on the device.
+    pub(super) control: &'a mut Control,
+    /// Settings of this step's update.
     pub(super) adamw: AdamW,
-    pub(super) clip_norm: f64,
-    /// Watches loss and gradient norm, where a spike has consequences.
-    pub(super) spikes: Option<&'a mut Spikes>,
+    /// What the step may not exceed.
+    pub(super) limits: Limits,
     /// What this rank tells the others, but for requests to stop.
     pub(super) flags: Flags,
     /// Who may ask the run to stop; absent in tests of single steps.
@@ -39,11 +43,9 @@ pub(super) struct Step<'a> {
     pub(super) tracer: &'a mut Tracer,
 }
 
-/// What a step did.
+/// What a step has cost. What it came to is the control's to say.
 #[derive(Clone, Debug)]
 pub(super) struct StepReport {
-    pub(super) agreement: Agreement,
-    pub(super) verdict: Verdict,
     pub(super) comm: CommClock,
     pub(super) optimizer: Duration,
 }
@@ -52,12 +54,8 @@ impl Step<'_> {
     /// Walks the actions in order.
     pub(super) fn run(mut self, actions: &[Action]) -> Result<StepReport, RunError> {
         let mut loss = Loss::default();
-        let mut gradient = SumOfSquares::default();
-        let mut agreement = Agreement::default();
-        let mut verdict = Verdict::Skip {
-            cause: Cause::Unusable("the step has no control action"),
-        };
         let mut optimizer = Duration::ZERO;
+        self.control.begin_step()?;
 
         for &action in actions {
             let began = self.tracer.begin();
@@ -66,25 +64,15 @@ impl Step<'_> {
             }
             faults::at(point(action));
             match action {
-                Action::Norm { piece } => gradient += self.pass.zero.sum_of_squares(piece)?,
-                Action::Control => {
-                    // As late as can be: a request in the middle of a step is answered after it.
-                    let asked = self.stops.is_some_and(Stops::requested);
-                    let mine = Contribution {
-                        loss,
-                        gradient,
-                        flags: Flags {
-                            stop_requested: asked,
-                            ..self.flags
-                        },
-                    }
-                    .with_faults();
-                    agreement = control::agree(self.world, mine, &mut self.pass.zero.clock)?;
-                    verdict = agreement.verdict(self.clip_norm, self.spikes.as_deref_mut());
+                Action::Norm { piece } => {
+                    let squares = self.control.squares();
+                    self.pass.zero.add_sum_of_squares(piece, squares)?;
                 }
+                Action::Control => self.agree(loss)?,
                 Action::Update { piece } => {
                     let began = Instant::now();
-                    self.update(piece, verdict)?;
+                    let decision = self.control.decision();
+                    self.pass.zero.update(piece, &self.adamw, decision)?;
                     optimizer += began.elapsed();
                 }
                 other => loss += self.pass.act(other)?,
@@ -92,25 +80,28 @@ impl Step<'_> {
             self.tracer.action(action, began, self.pass.activations);
         }
         Ok(StepReport {
-            agreement,
-            verdict,
             comm: self.pass.zero.clock.take(),
             optimizer,
         })
     }
 
-    fn update(&mut self, piece: usize, verdict: Verdict) -> Result<(), RunError> {
-        match verdict {
-            Verdict::Update { gradient_scale } => {
-                let adamw = AdamW {
-                    grad_scale: gradient_scale,
-                    ..self.adamw
-                };
-                self.pass.zero.update(piece, &adamw)?;
-            }
-            Verdict::Skip { .. } => self.pass.zero.skip(piece)?,
-        }
-        Ok(())
+    fn agree(&mut self, loss: Loss) -> Result<(), RunError> {
+        // As late as can be: a request in the middle of a step is answered after it.
+        let stop_requested = self.stops.is_some_and(Stops::requested);
+        let mine = Contribution {
+            loss,
+            flags: Flags {
+                stop_requested,
+                ..self.flags
+            },
+        };
+        let betas = Betas {
+            first: self.adamw.beta1,
+            second: self.adamw.beta2,
+        };
+        let clock = &mut self.pass.zero.clock;
+        self.control
+            .agree(self.world, mine, &self.limits, betas, clock)
     }
 }
 

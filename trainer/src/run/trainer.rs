@@ -5,12 +5,15 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use oxitron_data::Dataset;
-use oxitron_kernels::adamw::AdamW;
+use oxitron_kernels::{
+    adamw::AdamW,
+    decision::{Cause, Limits},
+};
 use tch::Device;
 
 use super::{
     RunError,
-    control::{Flags, Verdict},
+    control::{Agreement, Control, Flags, Verdict},
     feed::StepData,
     folder::RunFolder,
     plan::RunPlan,
@@ -95,6 +98,7 @@ pub(super) struct Trainer<'a> {
     pub(super) plan: RunPlan,
     pub(super) decoder: Decoder,
     pub(super) zero: Zero,
+    pub(super) control: Control,
     pub(super) dataset: Dataset,
     pub(super) progress: Progress,
     pub(super) run_id: String,
@@ -206,6 +210,7 @@ impl<'a> Trainer<'a> {
         self.tracer.note("data", Some(began));
         let lr = stage.config.lr_at(self.progress.step_in_stage);
         let flags = self.flags();
+        let limits = self.limits();
         let optimizer = &self.config.optimizer;
         let pass = Pass {
             batches: &data.batches,
@@ -217,17 +222,15 @@ impl<'a> Trainer<'a> {
         let report = Step {
             pass,
             world: &self.ranks.world,
+            control: &mut self.control,
             adamw: AdamW {
                 lr,
                 beta1: optimizer.betas.0,
                 beta2: optimizer.betas.1,
                 eps: optimizer.eps,
                 weight_decay: optimizer.weight_decay,
-                grad_scale: 1.0,
-                step: self.progress.adam_step + 1,
             },
-            clip_norm: optimizer.clip_norm,
-            spikes: self.bad_steps.watches_spikes().then_some(&mut self.spikes),
+            limits,
             flags,
             stops: Some(&self.stops),
             number,
@@ -235,25 +238,42 @@ impl<'a> Trainer<'a> {
             tracer: &mut self.tracer,
         }
         .run(&stage.actions)?;
-        self.hear(report.agreement.flags);
+        let agreement = self.control.read()?;
+        let verdict = agreement.verdict(&self.spikes);
+        self.hear(agreement.flags);
         let busy = began.elapsed().saturating_sub(report.comm.exposed);
         self.watch.done(busy.as_secs_f64());
-        self.advance(stage, &data, report.verdict);
+        self.advance(stage, &data, &agreement);
         // The tensors and counters of this step are complete here.
         self.watch.enter(number + 1);
-        self.record(stage, &data, &report, lr, began.elapsed().as_secs_f64())?;
+        let seconds = began.elapsed().as_secs_f64();
+        self.record(stage, &data, (&report, &agreement), lr, seconds)?;
         let (zero, activations) = (&mut self.zero, &mut stage.activations);
         self.tracer
             .leave(number, began, &report.comm, zero, activations);
         self.report_slow_ranks();
-        let went_back = match report.verdict {
-            Verdict::Update { .. } => false,
-            Verdict::Skip { cause } => self.answer_bad_step(&data, &report.agreement, cause)?,
+        let went_back = match verdict {
+            Verdict::Update => false,
+            Verdict::Skip { cause } => self.answer_bad_step(&data, &agreement, cause)?,
         };
         Ok(StepEnd {
-            flags: report.agreement.flags,
+            flags: agreement.flags,
             went_back,
         })
+    }
+
+    /// What a step may not exceed. Where spikes have no consequences, that is nothing but the norm
+    /// that is clipped.
+    fn limits(&self) -> Limits {
+        let clip_norm = self.config.optimizer.clip_norm;
+        if self.bad_steps.watches_spikes() {
+            Limits {
+                clip_norm,
+                ..self.spikes.limits()
+            }
+        } else {
+            Limits::clip(clip_norm)
+        }
     }
 
     /// What this rank has to tell the others in the step's agreement, as far as it is known when
@@ -279,7 +299,7 @@ impl<'a> Trainer<'a> {
     }
 
     /// Moves every counter behind the step. A skipped step counts for all but Adam.
-    fn advance(&mut self, stage: &Stage<'_>, data: &StepData, verdict: Verdict) {
+    fn advance(&mut self, stage: &Stage<'_>, data: &StepData, agreement: &Agreement) {
         self.progress.step += 1;
         self.progress.step_in_stage += 1;
         self.progress.steps_of_last_stage = self.progress.step_in_stage;
@@ -291,9 +311,13 @@ impl<'a> Trainer<'a> {
         self.progress.samples = data.samples.end;
         self.progress.cursor = data.cursor.clone();
         self.progress.last_stage = Some(stage.mark());
-        if matches!(verdict, Verdict::Update { .. }) {
-            self.progress.adam_step += 1;
+        let record = &agreement.record;
+        self.progress.adam_step = record.adam_steps;
+        if record.cause == Cause::Update {
             self.bad_steps.applied();
+            if self.bad_steps.watches_spikes() {
+                self.spikes.accept(record.mean_loss, record.grad_norm);
+            }
         }
     }
 }

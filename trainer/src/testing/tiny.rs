@@ -38,7 +38,7 @@ impl Tiny {
             Ok::<_, std::convert::Infallible>(())
         })
         .unwrap();
-        let rope = RopeTable::new(rope_base, config.head_dim, 4096).unwrap();
+        let rope = RopeTable::new(rope_base, config.head_dim, 4096, Device::Cpu).unwrap();
         Self {
             decoder,
             zero,

@@ -1,6 +1,6 @@
 //! All units of a model as a rank holds them.
 
-use oxitron_kernels::{adamw::AdamW, norm::SumOfSquares};
+use oxitron_kernels::{Workspace, adamw::AdamW, decision::Decision};
 use tch::{Device, Kind, Tensor};
 
 use super::{
@@ -55,6 +55,8 @@ pub struct Zero {
     /// The dtype in which gradients travel.
     wire: Wire,
     pool: Pool,
+    /// Scratch of the norm.
+    workspace: Workspace,
     /// What the collectives have cost since it was last taken.
     pub clock: CommClock,
 }
@@ -87,6 +89,7 @@ impl Zero {
             groups,
             wire: dtypes.wire,
             pool: Pool::new(device),
+            workspace: Workspace::new(device),
             clock: CommClock::default(),
         })
     }
@@ -237,39 +240,48 @@ impl Zero {
         self.units.iter().any(|unit| unit.weights.sliced())
     }
 
-    /// Σ g² over this rank's slice of a piece of the reduced gradient, unscaled; zero on ranks
+    /// Adds Σ g² over this rank's slice of a piece of the reduced gradient, unscaled, to `total[0]`,
+    /// and how many elements are not finite to `total[1]`; `total: [2]` fp64. Adds nothing on ranks
     /// other than the first of each replica group, so that the sum over all ranks counts every
     /// element once.
     ///
     /// # Errors
-    /// When a reduction failed.
-    pub fn sum_of_squares(&mut self, piece: usize) -> Result<SumOfSquares, ZeroError> {
+    /// When a reduction failed, or the kernel does.
+    pub fn add_sum_of_squares(
+        &mut self,
+        piece: usize,
+        total: &mut Tensor,
+    ) -> Result<(), ZeroError> {
         let Piece { unit, position, .. } = self.map.pieces()[piece];
-        let state = &mut self.units[unit];
-        if self.groups.replica.index() > 0 {
-            state.gradients.settle(position, &mut self.clock)?;
-            return Ok(SumOfSquares::default());
+        let Self {
+            units,
+            groups,
+            workspace,
+            clock,
+            ..
+        } = self;
+        let state = &mut units[unit];
+        if groups.replica.index() > 0 {
+            return state.gradients.settle(position, clock);
         }
-        state.sum_of_squares(position, &mut self.clock)
+        state.add_sum_of_squares(position, total, workspace, clock)
     }
 
-    /// Applies the optimizer to this rank's slice of a piece and clears its gradient. Weight decay
-    /// acts on the tensors that decay.
+    /// Applies the optimizer to this rank's slice of a piece, unless the `decision` is to skip the
+    /// step, and clears its gradient. Weight decay acts on the tensors that decay.
     ///
     /// # Errors
     /// When a kernel fails.
-    pub fn update(&mut self, piece: usize, adamw: &AdamW) -> Result<(), ZeroError> {
+    pub fn update(
+        &mut self,
+        piece: usize,
+        adamw: &AdamW,
+        decision: &Decision,
+    ) -> Result<(), ZeroError> {
         let Piece { unit, position, .. } = self.map.pieces()[piece];
-        self.units[unit].update(position, adamw, &mut self.clock)?;
-        self.skip(piece)
-    }
-
-    /// Clears the gradient of a piece without an update: the step is skipped.
-    ///
-    /// # Errors
-    /// When a reduction failed.
-    pub fn skip(&mut self, piece: usize) -> Result<(), ZeroError> {
-        let Piece { unit, position, .. } = self.map.pieces()[piece];
-        self.units[unit].clear_gradients(position, &mut self.clock)
+        let Self { units, clock, .. } = self;
+        let state = &mut units[unit];
+        state.update(position, adamw, decision, clock)?;
+        state.clear_gradients(position, clock)
     }
 }

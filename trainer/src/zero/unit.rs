@@ -3,9 +3,11 @@
 use std::ops::Range;
 
 use oxitron_kernels::{
+    Workspace,
     adamw::{self, AdamW},
     cast,
-    norm::{self, SumOfSquares},
+    decision::Decision,
+    norm,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -138,21 +140,26 @@ impl UnitState {
         self.placements.iter().map(view).collect()
     }
 
-    /// Σ g² over this rank's slice of a piece of the reduced gradient.
-    pub(super) fn sum_of_squares(
+    /// Adds Σ g² over this rank's slice of a piece of the reduced gradient to `total[0]`, and how
+    /// many elements are not finite to `total[1]`; `total: [2]` fp64.
+    pub(super) fn add_sum_of_squares(
         &mut self,
         position: usize,
+        total: &mut Tensor,
+        workspace: &mut Workspace,
         clock: &mut CommClock,
-    ) -> Result<SumOfSquares, ZeroError> {
+    ) -> Result<(), ZeroError> {
         let gradient = self.gradients.own(position, clock)?;
-        norm::sum_of_squares(&gradient).map_err(kernel_error(&self.name))
+        norm::add_sum_of_squares(&gradient, total, workspace).map_err(kernel_error(&self.name))
     }
 
-    /// Updates the slice of a piece: moments, master weights, and this rank's part of the weights.
+    /// Updates the slice of a piece as decided: moments, master weights, and this rank's part of
+    /// the weights.
     pub(super) fn update(
         &mut self,
         position: usize,
         adamw: &AdamW,
+        decision: &Decision,
         clock: &mut CommClock,
     ) -> Result<(), ZeroError> {
         let torch = torch_error(&self.name);
@@ -181,6 +188,7 @@ impl UnitState {
                 owned,
                 &part(&gradient)?,
                 Some(&mut part(&weights)?),
+                decision,
             )
             .map_err(kernel_error(&self.name))?;
         }

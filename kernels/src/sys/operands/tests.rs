@@ -1,12 +1,16 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 use super::*;
 use crate::testing::*;
+use tch::Kind;
 
 #[test]
-fn a_tensor_on_a_gpu_is_unsupported_for_now() {
-    let error = on_cpu("linear_glu.forward", "y", Device::Cuda(1), Kind::BFloat16).unwrap_err();
-    let expected = "linear_glu.forward: `y` is BFloat16 on Cuda(1), which this build has no \
-                    kernel for; use float32 or bfloat16 tensors on the CPU";
+fn a_tensor_elsewhere_is_refused() {
+    let mut claims = Claims::new("linear_glu.forward", Device::Cuda(1));
+    let y = zeros(&[4], Kind::BFloat16);
+    let error = claims
+        .dense("y", &y, Kind::BFloat16, &[4], true)
+        .unwrap_err();
+    let expected = "linear_glu.forward: `y` must be on Cuda(1), found Cpu; move it there first";
     assert_eq!(error.to_string(), expected);
 }
 

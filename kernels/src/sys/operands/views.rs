@@ -1,12 +1,13 @@
 //! Views `[batch, seq, heads, d]`, some of which lie side by side in the rows of one buffer.
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
-use super::{Operands, Span, check_kind, check_shape};
+use super::Operands;
+use super::claims::{Claims, Span};
 use crate::{Error, Scalar};
 
 /// Where a tensor `[batch, seq, heads, d]` lies.
-struct View {
+pub(crate) struct View {
     /// Address of the first element.
     start: usize,
     shape: [usize; 4],
@@ -82,9 +83,15 @@ impl Operands {
         tensor: &'t Tensor,
         shape: [usize; 4],
     ) -> Result<(&'t [E], [usize; 3]), Error> {
-        let view = self.view::<E>(name, tensor, shape)?;
-        self.claim::<E>(name, tensor, view.reach, false)?;
-        if view.reach == 0 {
+        let view = self.claims.view(name, tensor, E::KIND, shape)?;
+        if view.reach > 0 {
+            self.claims.claim_span(Span {
+                name,
+                start: view.start,
+                end: view.end(),
+                written: false,
+            })?;
+        } else {
             return Ok((&[], view.strides));
         }
         // SAFETY: a defined CPU tensor of this dtype owns all elements that its strides reach for as
@@ -106,11 +113,11 @@ impl Operands {
         let mut found = [(std::ptr::null_mut(), [0; 3]); N];
         let mut claimed: Vec<(&'static str, View)> = Vec::with_capacity(N);
         for (found, (name, tensor, shape)) in found.iter_mut().zip(views) {
-            let view = self.view::<E>(name, tensor, shape)?;
+            let view = self.claims.view(name, tensor, E::KIND, shape)?;
             for (other, before) in &claimed {
                 if !view.is_beside(before) {
                     return Err(Error::Overlap {
-                        op: self.op,
+                        op: self.op(),
                         first: other,
                         second: name,
                     });
@@ -124,7 +131,7 @@ impl Operands {
         let start = filled().map(|(_, view)| view.start).min();
         let end = filled().map(|(_, view)| view.end()).max();
         if let (Some(start), Some(end), Some((name, _))) = (start, end, claimed.first()) {
-            self.claim_span(Span {
+            self.claims.claim_span(Span {
                 name,
                 start,
                 end,
@@ -133,15 +140,18 @@ impl Operands {
         }
         Ok(found)
     }
+}
 
-    fn view<E: Scalar>(
+impl Claims {
+    /// A view `[batch, seq, heads, d]` whose heads are dense. Its memory is not claimed.
+    pub(crate) fn view(
         &self,
         name: &'static str,
         tensor: &Tensor,
+        kind: Kind,
         shape: [usize; 4],
     ) -> Result<View, Error> {
-        check_kind(self.op, name, tensor, E::KIND)?;
-        check_shape(self.op, name, tensor, &shape)?;
+        self.check(name, tensor, kind, &shape)?;
         let found = tensor.stride();
         if shape[3] > 1 && found[3] != 1 {
             return Err(self.layout(name, tensor, "dense within a head"));
@@ -160,9 +170,9 @@ impl Operands {
             shape,
             strides,
             reach: reach(shape, strides),
-            element: size_of::<E>(),
+            element: kind.elt_size_in_bytes(),
         };
-        if !view.start.is_multiple_of(align_of::<E>()) {
+        if !view.start.is_multiple_of(kind.elt_size_in_bytes()) {
             return Err(self.layout(name, tensor, "aligned to its element size"));
         }
         Ok(view)

@@ -1,5 +1,7 @@
 //! Twenty steps of AdamW against a Hugging Face LLaMA under PyTorch.
 
+use oxitron_kernels::cuda::emulated;
+
 use super::runner::{Runner, Setting, Sharding, Weights, assemble, staged};
 use crate::comm::Comm;
 use crate::config::Dtype;
@@ -13,6 +15,16 @@ const BOUND: f64 = 1e-5;
 
 #[test]
 fn twenty_steps_follow_pytorch() {
+    follow_pytorch();
+}
+
+/// Every op but attention and products goes through the kernels of GPUs, launched as on one.
+#[test]
+fn twenty_steps_on_emulated_kernels_of_gpus_follow_pytorch() {
+    emulated(follow_pytorch);
+}
+
+fn follow_pytorch() {
     let golden = Golden::open("train20");
     let micro_batches = golden.batches("");
     for case in ["untied", "tied"] {
@@ -40,8 +52,8 @@ fn twenty_steps_follow_pytorch() {
         let mut worst = (0f64, 0f64);
         for (step, batches) in micro_batches.chunks(2).enumerate() {
             let report = runner.step(batches, rates[step]);
-            let loss = (report.agreement.loss.mean() / losses[step] - 1.0).abs();
-            let norm = (report.agreement.grad_norm / norms[step] - 1.0).abs();
+            let loss = (report.record.mean_loss / losses[step] - 1.0).abs();
+            let norm = (report.record.grad_norm / norms[step] - 1.0).abs();
             assert!(loss < BOUND, "{case} step {step}: loss differs by {loss:e}");
             assert!(
                 norm < BOUND,

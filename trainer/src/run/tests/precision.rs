@@ -58,7 +58,7 @@ fn losses(dtype: Dtype) -> Vec<f64> {
         .map(|(step, some)| {
             let rate = LR * ((step + 1) as f64 / WARM_UP).min(1.0);
             let report = runner.step(&[samples::batch(some)], rate);
-            report.agreement.loss.mean()
+            report.record.mean_loss
         })
         .collect()
 }

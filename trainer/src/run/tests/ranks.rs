@@ -135,7 +135,7 @@ fn train(model: &ModelConfig, mesh: Mesh, steps: usize) -> Trained {
             .map(|batch| {
                 let mine = micro_batches(batch, comm.rank(), mesh.ranks, mesh.accumulation);
                 let report = runner.step(&mine, LR);
-                (report.agreement.loss.mean(), report.agreement.grad_norm)
+                (report.record.mean_loss, report.record.grad_norm)
             })
             .collect();
         (initial, reports, staged(&mut runner.zero))

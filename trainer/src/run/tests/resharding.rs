@@ -132,7 +132,7 @@ fn save(runner: &mut Runner, comm: &Comm, folder: &Path) -> Vec<Staged> {
 fn walk(runner: &mut Runner, comm: &Comm, mesh: &Mesh, steps: &[Sample]) -> Vec<f64> {
     let step = |samples: &[Sample]| {
         let mine = micro_batches(samples, comm.rank(), mesh.ranks, mesh.accumulation);
-        runner.step(&mine, LR).agreement.loss.mean()
+        runner.step(&mine, LR).record.mean_loss
     };
     steps.chunks(SAMPLES).map(step).collect()
 }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use oxitron_kernels::{RopeTable, adamw::AdamW};
+use oxitron_kernels::{RopeTable, adamw::AdamW, decision::Limits};
 use tch::Device;
 
 use crate::checkpoint::Checkpoint;
@@ -10,9 +10,9 @@ use crate::comm::{Comm, Lane, Wire};
 use crate::config::{Dtype, ModelConfig};
 use crate::model::{Activations, Batch, Decoder, describe};
 use crate::plan::{Action, Layout, ShardMap, StepShape, emit_opening, emit_step};
-use crate::run::control::Flags;
+use crate::run::control::{Agreement, Control, Flags};
 use crate::run::plan::kind;
-use crate::run::step::{Pass, Step, StepReport};
+use crate::run::step::{Pass, Step};
 use crate::run::trace::Tracer;
 use crate::testing::counter_hash::{self, Scales};
 use crate::testing::tiny::Tensors;
@@ -71,6 +71,7 @@ pub struct Runner {
     actions: Vec<Action>,
     world: Lane,
     clip_norm: f64,
+    control: Control,
     pub adam_step: u64,
     tracer: Tracer,
 }
@@ -118,17 +119,25 @@ impl Runner {
             }
         }
         let actions = emit_step(&units, &map, &layout, shape);
+        let adam_step = match setting.weights {
+            Weights::Checkpoint(checkpoint) => checkpoint.meta().schedule.adam_step,
+            _ => 0,
+        };
         Self {
             activations: decoder
                 .activations(setting.tokens, shape.recompute, Device::Cpu)
                 .unwrap(),
-            rope: RopeTable::new(setting.rope_base, model.head_dim, setting.tokens).unwrap(),
+            rope: RopeTable::new(
+                setting.rope_base,
+                model.head_dim,
+                setting.tokens,
+                Device::Cpu,
+            )
+            .unwrap(),
             actions,
             clip_norm: setting.clip_norm,
-            adam_step: match setting.weights {
-                Weights::Checkpoint(checkpoint) => checkpoint.meta().schedule.adam_step,
-                _ => 0,
-            },
+            control: Control::new(adam_step, Device::Cpu).unwrap(),
+            adam_step,
             tracer: Tracer::new(None, Path::new(""), (0, 1), 0, (&units, &map)),
             decoder,
             zero,
@@ -136,15 +145,13 @@ impl Runner {
         }
     }
 
-    pub fn step(&mut self, batches: &[Batch], lr: f64) -> StepReport {
+    pub fn step(&mut self, batches: &[Batch], lr: f64) -> Agreement {
         let adamw = AdamW {
             lr,
             beta1: 0.9,
             beta2: 0.95,
             eps: 1e-8,
             weight_decay: 0.1,
-            grad_scale: 1.0,
-            step: self.adam_step + 1,
         };
         let pass = Pass {
             batches,
@@ -153,12 +160,12 @@ impl Runner {
             activations: &mut self.activations,
             zero: &mut self.zero,
         };
-        let report = Step {
+        Step {
             pass,
             world: &self.world,
+            control: &mut self.control,
             adamw,
-            clip_norm: self.clip_norm,
-            spikes: None,
+            limits: Limits::clip(self.clip_norm),
             flags: Flags::default(),
             stops: None,
             number: self.adam_step + 1,
@@ -167,8 +174,9 @@ impl Runner {
         }
         .run(&self.actions)
         .unwrap();
-        self.adam_step += 1;
-        report
+        let agreement = self.control.read().unwrap();
+        self.adam_step = agreement.record.adam_steps;
+        agreement
     }
 }
 
