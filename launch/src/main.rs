@@ -7,6 +7,7 @@
 
 mod convert;
 mod data;
+mod doctor;
 mod exit;
 mod generate;
 mod inspect;
@@ -42,6 +43,7 @@ enum Command {
     Inspect(inspect::Args),
     Generate(generate::GenerateArgs),
     Report(report::Args),
+    Doctor(doctor::DoctorArgs),
 }
 
 fn main() -> ExitCode {
@@ -55,6 +57,7 @@ fn main() -> ExitCode {
         Command::Inspect(args) => inspect::run(args).map(done),
         Command::Generate(args) => generate::run(&args).map(done),
         Command::Report(args) => report::run(&args).map(done),
+        Command::Doctor(args) => doctor::run(&args),
     };
     result.unwrap_or_else(|error| {
         eprintln!("oxitron: {}", exit::describe(&error));

@@ -44,6 +44,7 @@ pub mod convert;
 pub mod faults;
 pub mod generate;
 pub mod guard;
+pub mod machine;
 pub mod metrics;
 pub mod model;
 pub mod plan;

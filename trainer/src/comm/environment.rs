@@ -92,6 +92,16 @@ impl Environment {
     }
 }
 
+/// The MPI library that this program runs on, as it calls itself.
+#[must_use]
+pub fn mpi_library() -> String {
+    #[cfg(feature = "mpi")]
+    let name = super::mpi::library();
+    #[cfg(not(feature = "mpi"))]
+    let name = "none: built without it, for one rank".to_owned();
+    name
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]

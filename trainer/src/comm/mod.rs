@@ -63,7 +63,7 @@ mod ticket;
 mod transport;
 mod waiters;
 
-pub use environment::Environment;
+pub use environment::{Environment, mpi_library};
 pub use error::{Error, Result};
 pub use handle::{ABORT_MARK, Comm};
 pub use lane::{Lane, Wire};

@@ -27,6 +27,13 @@ const IDLE_SOON: Duration = Duration::from_millis(2);
 const IDLE_LATER: Duration = Duration::from_millis(20);
 const SOON: Duration = Duration::from_millis(100);
 
+/// The library's own name and version; it may be asked before MPI is initialised.
+pub(super) fn library() -> String {
+    let version = mpi::environment::library_version().unwrap_or_default();
+    let name = version.split([',', '\n', '\0']).next().unwrap_or_default();
+    name.trim().to_owned()
+}
+
 /// The transport of this process.
 pub(super) struct Mpi {
     communicator: ffi::MPI_Comm,
