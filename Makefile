@@ -6,7 +6,7 @@
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help setup build demo clean-demo test torture check oracle peers bench bench-lengths \
-	bench-peers bench-overlap bench-save docs
+	bench-peers bench-overlap bench-save cuda-check docs
 
 CARGO_FLAGS := --release --locked
 have = $(shell command -v $(1) 2>/dev/null)
@@ -38,6 +38,7 @@ endif
 	tests/demo_test.sh
 	tests/docs_test.sh
 	python3 -B tests/bench/outcome_test.py
+	python3 -B tests/cuda/check_test.py
 
 torture: setup ## a run killed 200 times, mostly while it saves, and 500 changes of a checkpoint's bytes
 	OXITRON_FLIPS=500 cargo test $(CARGO_FLAGS) --workspace --features oxitron/faults \
@@ -56,6 +57,12 @@ else
 	@echo 'check: cargo-deny is not installed: licences, bans and sources were not checked'
 endif
 	@launch/scripts/check-tree.sh
+
+# The second line compiles as a run does. Tests of the kernels on emulated threads are in `make test`.
+cuda-check: setup ## kernels for GPUs compile without one, within limits of registers and spills
+	python3 -B tests/cuda/check.py
+	OXITRON_NVRTC="$$(python3 -B tests/cuda/nvrtc.py)" cargo test $(CARGO_FLAGS) --workspace \
+		--features oxitron/faults --lib -- cuda::compiler
 
 oracle: build ## golden files made again and exports loaded by transformers (5 GB the first time)
 	folder=$$(tests/oracle/setup.sh) && "$$folder/venv/bin/python" tests/oracle/run_all.py && \
