@@ -231,7 +231,9 @@ pub fn reference(inputs: &Inputs<'_>) -> Result<Tensor, Error> {
         let scores = q
             .f_transpose(1, 2)?
             .f_matmul(&spread(k)?.f_transpose(2, 3)?)?;
-        let ids = Tensor::f_from_slice(&document_of)?.f_view([batch, seq])?;
+        let ids = Tensor::f_from_slice(&document_of)?
+            .f_to_device(q.device())?
+            .f_view([batch, seq])?;
         let same = ids.f_unsqueeze(2)?.f_eq_tensor(&ids.f_unsqueeze(1)?)?;
         let allowed = same.f_tril(0)?.f_unsqueeze(1)?;
         scores

@@ -1,8 +1,8 @@
 //! The step's verdict, taken where the tensors are: update, with which factor, or skip.
 //!
 //! All ranks add up the same few numbers and then decide alike. On a GPU nothing of it comes to the
-//! host before the next step is on its way: [`decide`] leaves a [`Decision`] on the device, which the
-//! optimizer reads there, and a record for the host to read when it likes.
+//! host before the next step is on its way: [`decide`] leaves a [`Decision`] on the device, which
+//! the optimizer reads there, and a record for the host to read when it likes.
 
 use bytemuck::{Pod, Zeroable};
 use tch::{Device, Kind, Tensor};

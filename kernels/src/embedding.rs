@@ -47,8 +47,8 @@ impl TokenIds {
 /// `y[t] = w[ids[t]]` with `n` ids, `w: [v, h]` in T, `y: [n, h]` in R (written).
 ///
 /// # Errors
-/// The argument errors of [`Error`]; [`Error::Index`] for an id outside `0..v`, which on a GPU becomes
-/// a row of NaN instead: nothing waits there for what the ids are.
+/// The argument errors of [`Error`]; [`Error::Index`] for an id outside `0..v`, which on a GPU
+/// becomes a row of NaN instead: nothing waits there for what the ids are.
 pub fn forward(ids: &TokenIds, w: &Tensor, y: &mut Tensor) -> Result<(), Error> {
     let [n] = sizes(FORWARD, "ids", ids.tensor())?;
     let [v, h] = sizes(FORWARD, "w", w)?;

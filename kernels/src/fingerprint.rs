@@ -1,10 +1,11 @@
 //! A hash of a tensor's bits, to tell whether two ranks hold the same values.
 
 use half::bf16;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 use xxhash_rust::xxh3::Xxh3Default;
 
 use crate::Error;
+use crate::error::torch;
 use crate::sys::operands::{Operands, sizes};
 
 const OP: &str = "fingerprint";
@@ -15,12 +16,13 @@ const OP: &str = "fingerprint";
 pub struct Fingerprint(Xxh3Default);
 
 impl Fingerprint {
-    /// Adds the elements of `x: [n]`, fp32 or bf16.
+    /// Adds the elements of `x: [n]`, fp32 or bf16; those on a GPU are fetched, which waits for it.
     ///
     /// # Errors
     /// The argument errors of [`Error`].
     pub fn update(&mut self, x: &Tensor) -> Result<(), Error> {
         let [n] = sizes(OP, "x", x)?;
+        let x = &x.f_to_device(Device::Cpu).map_err(torch(OP))?;
         let mut operands = Operands::new(OP);
         match x.kind() {
             Kind::BFloat16 => {

@@ -9,7 +9,7 @@
 //! past `vocab_size` are padding and take no part. Gradients are those of the (weighted) **sum**
 //! of token losses: the caller divides by the number of valid targets of the whole global batch.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::error::torch;
 use crate::float::with_float;
@@ -32,7 +32,18 @@ pub const IGNORE: i64 = -100;
 
 /// Tokens per chunk that cost little speed: smaller chunks read the head and its gradient more
 /// often (1.2 times the time at 512, 1.5 at 256).
-pub const DEFAULT_CHUNK: usize = 1024;
+const CHUNK_ON_CPU: usize = 1024;
+
+/// The same for a GPU, where each chunk also adds to the head's whole gradient in memory.
+const CHUNK_ON_GPU: usize = 8192;
+
+/// Tokens per chunk that cost little speed on `device`.
+pub fn default_chunk(device: Device) -> usize {
+    match device {
+        Device::Cpu => CHUNK_ON_CPU,
+        _ => CHUNK_ON_GPU,
+    }
+}
 
 /// What the op reads.
 #[derive(Clone, Copy)]

@@ -1,7 +1,7 @@
 //! The C face of the C++ shim (`shim/shim.h`): what libtorch offers only to C++.
 //!
-//! Shapes, dtypes and limits stand in the header. Every call answers nothing on success and otherwise a
-//! message; a tensor that is handed out is a new handle.
+//! Shapes, dtypes and limits stand in the header. Every call answers nothing on success and
+//! otherwise a message; a tensor that is handed out is a new handle.
 
 use std::ffi::{CStr, c_char};
 
@@ -131,7 +131,8 @@ impl Attention<'_> {
         }
     }
 
-    /// Causal attention for `op`: the output, and the logarithms of the row sums in the kernel's own layout.
+    /// Causal attention for `op`: the output, and the logarithms of the row sums in the kernel's
+    /// own layout.
     pub(crate) fn forward(
         &self,
         op: &'static str,
@@ -147,8 +148,8 @@ impl Attention<'_> {
         Ok((out, lse))
     }
 
-    /// Gradients of the queries, keys and values, from what [`Attention::forward`] of the same kernel
-    /// made.
+    /// Gradients of the queries, keys and values, from what [`Attention::forward`] of the same
+    /// kernel made.
     pub(crate) fn backward(
         &self,
         op: &'static str,

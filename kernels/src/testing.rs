@@ -6,7 +6,7 @@ use std::cell::Cell;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::cuda::{emulated, with_schedule};
+use crate::cuda::{Numerics, emulated, prepare, with_schedule};
 use crate::product::{Engine, with_engine};
 use crate::simd::{Level, with_level};
 use crate::sys::operands::as_slice;
@@ -45,6 +45,14 @@ pub fn on_gpu(test: impl Fn()) {
     }
 }
 
+/// Runs a test of an op whose kernels cannot be emulated: on the CPU, or on the first device where that
+/// is asked for.
+pub fn here(test: impl Fn()) {
+    if !on_a_device(&test) {
+        test();
+    }
+}
+
 /// Runs a test of products with each engine of the CPU, and with the kernels of GPUs.
 pub fn whoever_multiplies(test: impl Fn()) {
     if !on_a_device(&test) {
@@ -58,6 +66,8 @@ pub fn whoever_multiplies(test: impl Fn()) {
 fn on_a_device(test: impl Fn()) -> bool {
     let asked = std::env::var("OXITRON_TEST_DEVICE").is_ok_and(|device| device == "cuda");
     if asked {
+        // Before the first tensor: libtorch decides at the first question whether there is CUDA.
+        prepare(0, Numerics::default()).unwrap();
         DEVICE.set(Device::Cuda(0));
         test();
         DEVICE.set(Device::Cpu);

@@ -97,7 +97,7 @@ fn activations(model: &ModelConfig, dtype: Dtype, recompute: bool) {
     load(&mut zero);
     let batch = batch(SAMPLES, SEQ_LEN, model.vocab_size);
     let rope = RopeTable::new(1e4, model.head_dim, SEQ_LEN, Device::Cpu).unwrap();
-    let planned = activation_bytes(model, dtype, batch.token_count(), recompute);
+    let planned = activation_bytes(model, dtype, batch.token_count(), recompute, Device::Cpu);
 
     // What a step decides from is no buffer of a micro-batch.
     let (squares, decision) = (squares(), updating());

@@ -13,8 +13,8 @@ use crate::{DocumentStarts, Error};
 
 /// The kernel for heads of `d` elements in `kind`, packed or dense.
 ///
-/// cuDNN is the fastest from Hopper on, and takes dense samples alone. Flash attention takes all that
-/// is bf16 otherwise, and the memory-efficient kernels take the rest: fp32 and odd sizes.
+/// cuDNN is the fastest from Hopper on, and takes dense samples alone. Flash attention takes all
+/// that is bf16 otherwise, and the memory-efficient kernels take the rest: fp32 and odd sizes.
 fn kernel(
     kind: Kind,
     d: usize,

@@ -17,17 +17,19 @@ fn check(documents: &DocumentStarts, heads: [i64; 3], kind: Kind, bound: f64) {
     let (batch, seq) = (documents.batch() as i64, documents.seq() as i64);
     let [nq, _, d] = heads;
     let [q, k, v] = fused("qkv", batch, seq, heads, kind);
+    let on_cpu = device() == Device::Cpu;
+    let starts = (!on_cpu).then(|| numbers(&documents.cumulative()));
     let inputs = Inputs {
         q: &q,
         k: &k,
         v: &v,
         documents,
-        starts: None,
+        starts: starts.as_ref(),
         scale: (d as f64).powf(-0.5),
     };
     let mut out = poison(&[batch, seq, nq, d], kind);
     let mut lse = poison(&[batch, nq, seq], Kind::Float);
-    let mut workspace = Workspace::new(Device::Cpu);
+    let mut workspace = workspace();
     forward(&inputs, &mut out, &mut lse, &mut workspace).unwrap();
 
     let (q64, k64, v64) = (leaf(&q), leaf(&k), leaf(&v));
@@ -68,16 +70,32 @@ fn check(documents: &DocumentStarts, heads: [i64; 3], kind: Kind, bound: f64) {
 
 #[test]
 fn agrees_with_fp64_autograd_on_packed_documents() {
-    let packed = DocumentStarts::new(37, &[vec![0, 1, 2, 20], vec![0, 36], vec![0]]).unwrap();
-    let whole = DocumentStarts::whole(2, 70);
-    let single = DocumentStarts::whole(3, 1);
-    for (kind, bound) in DTYPES {
-        for documents in [&packed, &whole, &single] {
-            for heads in [[8, 2, 16], [3, 3, 64], [4, 1, 10]] {
-                check(documents, heads, kind, bound);
+    here(|| {
+        let packed = DocumentStarts::new(37, &[vec![0, 1, 2, 20], vec![0, 36], vec![0]]).unwrap();
+        let whole = DocumentStarts::whole(2, 70);
+        let single = DocumentStarts::whole(3, 1);
+        for (kind, bound) in DTYPES {
+            for documents in [&packed, &whole, &single] {
+                for heads in [[8, 2, 16], [3, 3, 64], [4, 1, 10]] {
+                    check(documents, heads, kind, bound);
+                }
             }
         }
-    }
+    });
+}
+
+/// Sizes of real models, between which a GPU's kernels are chosen.
+#[test]
+fn agrees_with_fp64_autograd_at_the_heads_of_models() {
+    here(|| {
+        let packed = DocumentStarts::new(200, &[[0, 77, 78]]).unwrap();
+        let whole = DocumentStarts::whole(1, 130);
+        for documents in [&packed, &whole] {
+            for heads in [[4, 2, 128], [2, 1, 256], [2, 2, 80]] {
+                check(documents, heads, Kind::BFloat16, 1e-2);
+            }
+        }
+    });
 }
 
 #[test]

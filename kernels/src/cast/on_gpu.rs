@@ -58,8 +58,8 @@ pub(super) fn accumulate(
     }
 }
 
-/// `sum = residual + product`, added in fp32: `residual` and `sum` in R, `product` in T, all `[n, o]`
-/// and contiguous.
+/// `sum = residual + product`, added in fp32: `residual` and `sum` in R, `product` in T, all `[n,
+/// o]` and contiguous.
 pub(crate) fn add(
     op: &'static str,
     gpu: &Gpu,

@@ -76,8 +76,8 @@ macro_rules! arguments {
 }
 pub(crate) use arguments;
 
-/// The twin of [`Operands`](crate::sys::operands::Operands) for kernels: every tensor of a call goes
-/// through the same checks, and what comes out is an address.
+/// The twin of [`Operands`](crate::sys::operands::Operands) for kernels: every tensor of a call
+/// goes through the same checks, and what comes out is an address.
 pub(crate) struct Pointers(Claims);
 
 impl Pointers {

@@ -179,7 +179,8 @@ template <class V> DEVICE V block_sum(V value) {
 
 #ifdef OXITRON_EMULATOR
 #define EXPORT(name)                                                                               \
-  extern "C" const char *oxitron_emulate_##name(const emulator::Launch *launch, void **arguments) { \
+  extern "C" const char *oxitron_emulate_##name(const emulator::Launch *launch,                    \
+                                                void **arguments) {                                \
     return emulator::run(name, *launch, arguments);                                                \
   }
 #else

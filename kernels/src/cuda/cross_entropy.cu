@@ -16,6 +16,9 @@
 // Groups that a thread has under way.
 constexpr u32 AT_ONCE = 4;
 
+// A target that is not to be predicted.
+constexpr i64 IGNORED = -100;
+
 // Stands for the largest of no numbers. Finite, so that no difference from it is NaN.
 constexpr float LOWEST = -1e38f;
 
@@ -214,7 +217,7 @@ DEVICE void cross_entropy(T *logits, u64 v, u64 vocab, u64 kept, const i64 *targ
     row.kept_trips = static_cast<u32>(kept / row.trip_columns());
   }
   const i64 wanted = targets[blockIdx.x];
-  if (wanted < 0) {
+  if (wanted == IGNORED) {
     if (threadIdx.x == 0) {
       losses[blockIdx.x] = 0.0f;
     }

@@ -8,11 +8,14 @@ use cudarc::driver::{result, sys};
 
 use super::compiler::{self, Architecture};
 use super::libraries::{self, Piece};
-use super::{Argument, Grid, Kernel, Stream, source};
+use super::{Argument, Grid, Kernel, Numerics, Stream, source};
 use crate::Error;
 
-/// Dynamic shared memory that a kernel gets without asking the driver first.
-const SHARED_BYTES_UNASKED: u32 = 48 << 10;
+/// CUDA 13.0, as the driver counts versions.
+const OLDEST_DRIVER: i32 = 13_000;
+
+/// The oldest architecture with instructions for bf16.
+const OLDEST_ARCHITECTURE: u32 = 8;
 
 /// A GPU, used as long as the process lives.
 pub(crate) struct Device {
@@ -42,9 +45,7 @@ pub struct DeviceInfo {
 /// # Errors
 /// [`Error::Cuda`] without a driver, or where it refuses.
 pub fn devices() -> Result<Vec<DeviceInfo>, Error> {
-    libraries::require(Piece::Driver)?;
-    result::init().map_err(driver("cuInit"))?;
-    let count = result::device::get_count().map_err(driver("cuDeviceGetCount"))?;
+    let count = start_driver()?;
     let info = |ordinal| {
         let device = result::device::get(ordinal).map_err(driver("cuDeviceGet"))?;
         // SAFETY: `device` is one that the driver has just named.
@@ -56,6 +57,39 @@ pub fn devices() -> Result<Vec<DeviceInfo>, Error> {
         })
     };
     (0..count).map(info).collect()
+}
+
+/// Starts the driver: the number of GPUs that this process sees.
+fn start_driver() -> Result<i32, Error> {
+    libraries::require(Piece::Driver)?;
+    // Asked first: an older driver lacks functions that are called later.
+    let mut version = 0;
+    // SAFETY: the driver is loaded, and the number outlives the call.
+    let asked = unsafe { sys::cuDriverGetVersion(&mut version) };
+    if asked != sys::CUresult::CUDA_SUCCESS || version < OLDEST_DRIVER {
+        let (major, minor) = (version / 1000, version % 1000 / 10);
+        return Err(missing(format!(
+            "the driver knows CUDA up to {major}.{minor}; install one for CUDA 13.0 or newer (580 \
+             or newer)"
+        )));
+    }
+    let none = |error: result::DriverError| {
+        missing(format!(
+            "the driver finds none ({error:?}); start the container or job with GPUs"
+        ))
+    };
+    result::init().map_err(none)?;
+    let count = result::device::get_count().map_err(none)?;
+    if count == 0 {
+        return Err(missing(
+            "the driver finds none; start the container or job with GPUs".to_owned(),
+        ));
+    }
+    Ok(count)
+}
+
+fn missing(message: String) -> Error {
+    failed("cuda", format!("GPU is missing: {message}"))
 }
 
 fn architecture(device: sys::CUdevice) -> Result<Architecture, Error> {
@@ -105,13 +139,19 @@ impl Context {
     }
 }
 
-impl std::fmt::Debug for Device {
+impl std::fmt::Display for Device {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(
             f,
-            "cuda:{} ({}, {})",
+            "GPU {}: {}, {}",
             self.ordinal, self.name, self.architecture
         )
+    }
+}
+
+impl std::fmt::Debug for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{self}")
     }
 }
 
@@ -136,8 +176,7 @@ impl Device {
         for piece in [Piece::Driver, Piece::Torch, Piece::Nvrtc] {
             libraries::require(piece)?;
         }
-        result::init().map_err(driver("cuInit"))?;
-        let count = result::device::get_count().map_err(driver("cuDeviceGetCount"))?;
+        let count = start_driver()?;
         if ordinal >= usize::try_from(count).unwrap_or(0) {
             return Err(Error::Cuda {
                 call: "cuda.device",
@@ -154,6 +193,13 @@ impl Device {
         let context = Context(context.map_err(driver("cuDevicePrimaryCtxRetain"))?);
         context.bind()?;
         let architecture = architecture(device)?;
+        if architecture.major < OLDEST_ARCHITECTURE {
+            return Err(missing(format!(
+                "GPU {ordinal} is {architecture}, without instructions for bf16; use one of sm_80 or \
+                 newer"
+            )));
+        }
+        Numerics::default().set()?;
         // All of them now: what cannot be compiled is found before a run begins.
         let modules = source::ALL.iter().map(|source| {
             let code = compiler::cubin(source, architecture)?;
@@ -187,8 +233,8 @@ impl Device {
     /// Puts a kernel into libtorch's current stream of this thread.
     ///
     /// # Safety
-    /// The arguments are those that the kernel takes, and pointers among them are good for the sizes
-    /// among them, on this device, until the stream has come so far.
+    /// The arguments are those that the kernel takes, and pointers among them are good for the
+    /// sizes among them, on this device, until the stream has come so far.
     pub(super) unsafe fn launch(
         &self,
         kernel: Kernel,
@@ -208,8 +254,8 @@ impl Device {
         for (at, argument) in at.iter_mut().zip(arguments) {
             *at = argument.at;
         }
-        // SAFETY: the function is loaded for good; the rest is the caller's promise. The driver copies
-        // the arguments before it returns.
+        // SAFETY: the function is loaded for good; the rest is the caller's promise. The driver
+        // copies the arguments before it returns.
         let launched = unsafe {
             result::launch_kernel(
                 function,
@@ -250,7 +296,7 @@ impl Device {
                 check_parameters(kernel, handle, arguments)?;
                 Function {
                     handle,
-                    shared_bytes: SHARED_BYTES_UNASKED,
+                    shared_bytes: 0,
                 }
             }
         };

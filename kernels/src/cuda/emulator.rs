@@ -1,7 +1,8 @@
 //! Kernels on the CPU: the same texts, compiled as C++ by the system's compiler and loaded.
 //!
-//! `emulator.h` stands in for CUDA. It finds faults that a GPU would answer with a hang or with wrong
-//! numbers (see there); what it cannot tell is speed, and what the real compiler makes of the text.
+//! `emulator.h` stands in for CUDA. It finds faults that a GPU would answer with a hang or with
+//! wrong numbers (see there); what it cannot tell is speed, and what the real compiler makes of the
+//! text.
 
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -80,7 +81,15 @@ struct Launch {
 
 type Entry = unsafe extern "C" fn(*const Launch, *const *mut c_void) -> *const c_char;
 
-pub(super) fn launch(kernel: Kernel, grid: Grid, arguments: &[Argument]) -> Result<(), Error> {
+/// Runs a kernel here and now.
+///
+/// # Safety
+/// Pointers among the arguments are good for the sizes among them.
+pub(super) unsafe fn launch(
+    kernel: Kernel,
+    grid: Grid,
+    arguments: &[Argument],
+) -> Result<(), Error> {
     let symbol = kernel.symbol();
     let failed = |message: String| Error::Cuda {
         call: kernel.function,
@@ -101,8 +110,8 @@ pub(super) fn launch(kernel: Kernel, grid: Grid, arguments: &[Argument]) -> Resu
         argument_count: arguments.len() as u32,
         argument_bytes: bytes.as_ptr(),
     };
-    // SAFETY: number and sizes of the arguments are compared with the kernel's parameters; that
-    // pointers among them are good for the sizes among them is what ops check.
+    // SAFETY: number and sizes of the arguments are compared with the kernel's parameters; the
+    // pointers are the caller's promise.
     let message = unsafe { entry(&launch, at.as_ptr()) };
     if message.is_null() {
         return Ok(());
@@ -121,8 +130,8 @@ fn library(source: &'static Source) -> Result<&'static Library, String> {
         return Ok(library);
     }
     let path = compile(source)?;
-    // SAFETY: the library is the one just compiled from our text; it has no initialisers but those of
-    // the C++ library.
+    // SAFETY: the library is the one just compiled from our text; it has no initialisers but those
+    // of the C++ library.
     let library = unsafe { Library::new(&path) };
     let library = library.map_err(|error| format!("{}: {error}", path.display()))?;
     // Entries are used for as long as the process lives.

@@ -1,7 +1,7 @@
 //! Launch shapes: how many blocks of how many threads a kernel takes for given sizes.
 //!
-//! Pure arithmetic. A shape depends on sizes alone and never on the device, so that sums are taken in
-//! the same order everywhere.
+//! Pure arithmetic. A shape depends on sizes alone and never on the device, so that sums are taken
+//! in the same order everywhere.
 
 use crate::Error;
 

@@ -1,16 +1,16 @@
 //! What a GPU needs beside this program, loaded when a device is first asked for.
 //!
-//! Four pieces, none of them linked: the driver (`libcuda.so.1`, which comes with the kernel module),
-//! libtorch's CUDA half, the compiler NVRTC, and NCCL. All but the driver belong to one installation of
-//! PyTorch: they are looked for beside the libtorch that this process runs on, then among what the
-//! system's loader knows.
+//! Four pieces, none of them linked: the driver (`libcuda.so.1`, which comes with the kernel
+//! module), libtorch's CUDA half, the compiler NVRTC, and NCCL. All but the driver belong to one
+//! installation of PyTorch: they are looked for beside the libtorch that this process runs on, then
+//! among what the system's loader knows.
 //!
-//! libtorch decides once, at the first question about CUDA, whether there is any. So its CUDA half is
-//! loaded before the first such question, or CUDA stays invisible for good.
+//! libtorch decides once, at the first question about CUDA, whether there is any. So its CUDA half
+//! is loaded before the first such question, or CUDA stays invisible for good.
 //!
-//! cudarc, whose functions call the driver and NVRTC, panics where a library is missing. It finds those
-//! that are loaded already, by name; so each is loaded here first, and nothing of cudarc is called
-//! before [`require`] has said that it is there.
+//! cudarc, whose functions call the driver and NVRTC, panics where a library is missing. It finds
+//! those that are loaded already, by name; so each is loaded here first, and nothing of cudarc is
+//! called before [`require`] has said that it is there.
 
 use std::ffi::CStr;
 use std::path::{Path, PathBuf};
@@ -137,8 +137,8 @@ fn open(path: &Path) -> Result<(), String> {
         .map_err(|error| error.to_string())
 }
 
-/// NVRTC asks for its own library of built-in functions by its bare name, which the loader knows only
-/// once it is loaded, unless the folder is among those it searches.
+/// NVRTC asks for its own library of built-in functions by its bare name, which the loader knows
+/// only once it is loaded, unless the folder is among those it searches.
 fn open_builtins(nvrtc: &Path) {
     let beside = nvrtc.parent().map(std::fs::read_dir);
     for file in beside.into_iter().flatten().flatten().flatten() {
@@ -156,8 +156,8 @@ pub fn libtorch() -> Option<PathBuf> {
     Some(symbol::file_of(OF_LIBTORCH)?.parent()?.to_owned())
 }
 
-/// Where each piece was found, or why it cannot be used, in the order of [`Piece::ALL`]. Loads what is
-/// there; asked again, it answers the same.
+/// Where each piece was found, or why it cannot be used, in the order of [`Piece::ALL`]. Loads what
+/// is there; asked again, it answers the same.
 pub fn pieces() -> &'static [(Piece, Result<PathBuf, String>)] {
     static FOUND: OnceLock<Vec<(Piece, Result<PathBuf, String>)>> = OnceLock::new();
     FOUND.get_or_init(|| {

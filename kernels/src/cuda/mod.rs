@@ -1,20 +1,20 @@
 //! Kernels for NVIDIA GPUs: from a `.cu` file to a launch.
 //!
-//! An op's file decides by where its tensors lie: [`of`] answers `None` for tensors on the CPU, and a
-//! [`Gpu`] otherwise, on which the op launches kernels. Nothing of CUDA is linked: the driver, the
-//! compiler (NVRTC) and libtorch's CUDA half are loaded when a device is first asked for
+//! An op's file decides by where its tensors lie: [`of`] answers `None` for tensors on the CPU, and
+//! a [`Gpu`] otherwise, on which the op launches kernels. Nothing of CUDA is linked: the driver,
+//! the compiler (NVRTC) and libtorch's CUDA half are loaded when a device is first asked for
 //! ([`libraries`]), so one binary serves machines with and without a GPU.
 //!
 //! * [`source`] holds the texts. They need no header of CUDA.
 //! * [`compiler`] turns a text into code for one architecture and keeps that in a cache on disk.
 //! * [`grid`] is the arithmetic of launch shapes, [`arguments`] what a kernel is called with.
-//! * [`Stream`], [`Event`], [`DeviceMemory`], [`Numerics`] and [`HostWaits`] reach what libtorch has for
-//!   GPUs and tch does not.
+//! * [`Stream`], [`Event`], [`DeviceMemory`], [`Numerics`] and [`HostWaits`] reach what libtorch
+//!   has for GPUs and tch does not.
 //! * [`device`] launches, on libtorch's current stream: kernels and libtorch's own work run in the
 //!   order in which they were issued, and no launch waits for one before it.
-//! * [`emulator`] runs the same texts on the CPU, for tests: compiled as C++, each thread of a block a
-//!   fiber. Under [`emulated`], ops take CPU tensors down the very path that a GPU takes, argument
-//!   lists, launch shapes and all.
+//! * [`emulator`] runs the same texts on the CPU, for tests: compiled as C++, each thread of a
+//!   block a fiber. Under [`emulated`], ops take CPU tensors down the very path that a GPU takes,
+//!   argument lists, launch shapes and all.
 
 mod arguments;
 mod cache;
@@ -87,7 +87,8 @@ impl Gpu {
             // SAFETY: the caller's promise.
             Gpu::Real(device) => unsafe { device.launch(kernel, grid, arguments) },
             #[cfg(any(test, feature = "emulator"))]
-            Gpu::Emulated => emulator::launch(kernel, grid, arguments),
+            // SAFETY: the caller's promise.
+            Gpu::Emulated => unsafe { emulator::launch(kernel, grid, arguments) },
         }
     }
 }
@@ -95,7 +96,8 @@ impl Gpu {
 /// The GPU that a tensor lies on, or `None` for one on the CPU.
 ///
 /// # Errors
-/// [`Error::Argument`] for an undefined tensor, [`Error::Cuda`] for one on a device that cannot be used.
+/// [`Error::Argument`] for an undefined tensor, [`Error::Cuda`] for one on a device that cannot be
+/// used.
 pub(crate) fn of(
     op: &'static str,
     name: &'static str,
@@ -112,6 +114,17 @@ pub(crate) fn of(
             message: format!("no kernels run on {device:?}"),
         }),
     }
+}
+
+/// Makes GPU number `ordinal` ready for ops: loads what it needs, compiles the kernels, and settles
+/// numerics. Returns what it is.
+///
+/// # Errors
+/// [`Error::Cuda`] with what is missing, and the remedy.
+pub fn prepare(ordinal: usize, numerics: Numerics) -> Result<String, Error> {
+    let device = Device::get(ordinal)?;
+    numerics.set()?;
+    Ok(device.to_string())
 }
 
 /// Whether ops on tensors of `device` run the kernels of a GPU.

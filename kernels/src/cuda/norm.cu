@@ -84,7 +84,6 @@ DEVICE void partial(const G *x, u64 n, u64 block_elements, f64 *sums, f64 *count
   EXPORT(sum_of_squares_partial_##G)
 
 PARTIAL(f32)
-PARTIAL(bf16)
 
 // Grid: one block. Block: 256 threads. Adds what `blocks` blocks found to `sum` and `non_finite`.
 KERNEL(sum_of_squares_finish)

@@ -1,6 +1,7 @@
 //! Settings of libtorch's CUDA half that a run makes once, and what it counts.
 
 use std::ffi::c_char;
+use std::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::Error;
@@ -12,12 +13,20 @@ unsafe extern "C" {
     fn oxitron_host_waits_count() -> u64;
 }
 
+/// How cuBLAS is told to use a workspace of fixed size; libtorch refuses deterministic products
+/// without it, and reads it once.
+const CUBLAS_WORKSPACE: &str = "CUBLAS_WORKSPACE_CONFIG";
+
+/// Values that give the same bits each time, by cuBLAS' documentation.
+const FIXED: [&str; 2] = [":4096:8", ":16:8"];
+
 static DETERMINISTIC: AtomicBool = AtomicBool::new(false);
 
 /// Which roundings and algorithms ops on GPUs may choose. Settings of the process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Numerics {
-    /// Only what gives the same bits each time. Our own kernels always do; some of libtorch's do not.
+    /// Only what gives the same bits each time. Our own kernels always do; some of libtorch's do
+    /// not.
     pub deterministic: bool,
     /// Products of fp32 may round their factors to TF32.
     pub tf32: bool,
@@ -29,8 +38,11 @@ impl Numerics {
     /// Makes these the settings.
     ///
     /// # Errors
-    /// [`Error::Shim`].
+    /// [`Error::Cuda`] where the environment does not let cuBLAS be deterministic; [`Error::Shim`].
     pub fn set(self) -> Result<(), Error> {
+        if self.deterministic {
+            check_workspace(std::env::var(CUBLAS_WORKSPACE).ok().as_deref())?;
+        }
         let [deterministic, tf32, reduced] =
             [self.deterministic, self.tf32, self.reduced_sums].map(i32::from);
         // SAFETY: takes plain numbers.
@@ -39,6 +51,22 @@ impl Numerics {
         DETERMINISTIC.store(self.deterministic, Ordering::Relaxed);
         Ok(())
     }
+}
+
+fn check_workspace(value: Option<&str>) -> Result<(), Error> {
+    if value.is_some_and(|value| FIXED.contains(&value)) {
+        return Ok(());
+    }
+    Err(Error::Cuda {
+        call: "cuda.numerics",
+        message: format!(
+            "products are deterministic only where the environment variable {CUBLAS_WORKSPACE} is \
+             {} or {}, found {}; set it before the run starts",
+            FIXED[0],
+            FIXED[1],
+            value.unwrap_or("nothing")
+        ),
+    })
 }
 
 /// Whether only what gives the same bits each time may be chosen.
@@ -51,6 +79,8 @@ pub(crate) fn is_deterministic() -> bool {
 #[derive(Debug)]
 pub struct HostWaits {
     before: u64,
+    /// The count is this thread's own.
+    _here: PhantomData<*const ()>,
 }
 
 impl HostWaits {
@@ -66,7 +96,10 @@ impl HostWaits {
         )?;
         // SAFETY: takes no arguments.
         let before = unsafe { oxitron_host_waits_count() };
-        Ok(HostWaits { before })
+        Ok(HostWaits {
+            before,
+            _here: PhantomData,
+        })
     }
 
     /// The count so far.
@@ -106,13 +139,19 @@ mod tests {
 
     #[test]
     fn settings_are_taken_without_a_gpu_too() {
-        let strict = Numerics {
-            deterministic: true,
-            ..Numerics::default()
-        };
-        strict.set().unwrap();
-        assert!(is_deterministic());
         Numerics::default().set().unwrap();
         assert!(!is_deterministic());
+    }
+
+    #[test]
+    fn deterministic_products_need_a_fixed_workspace() {
+        assert!(check_workspace(Some(":4096:8")).is_ok());
+        for bad in [None, Some(":0:0"), Some("")] {
+            let error = check_workspace(bad).unwrap_err().to_string();
+            assert!(
+                error.contains("CUBLAS_WORKSPACE_CONFIG is :4096:8"),
+                "{error}"
+            );
+        }
     }
 }

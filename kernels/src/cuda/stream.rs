@@ -1,9 +1,9 @@
 //! Streams of a GPU, and marks in them.
 //!
-//! Work goes into a stream in the order in which it is issued and runs in that order; streams run beside
-//! each other. Each thread has one current stream for a device, into which libtorch and our kernels put
-//! their work. Where one stream must wait for another, an [`Event`] marks the point, and the host does
-//! not wait at all.
+//! Work goes into a stream in the order in which it is issued and runs in that order; streams run
+//! beside each other. Each thread has one current stream for a device, into which libtorch and our
+//! kernels put their work. Where one stream must wait for another, an [`Event`] marks the point,
+//! and the host does not wait at all.
 
 use std::ffi::{c_char, c_void};
 
@@ -105,8 +105,8 @@ impl Stream {
         outcome("synchronizeStream", text(message))
     }
 
-    /// Keeps the memory of `tensor` from being reused, once it is freed, until the work that this stream
-    /// has by then is done: for tensors that were allocated under another current stream.
+    /// Keeps the memory of `tensor` from being reused, once it is freed, until the work that this
+    /// stream has by then is done: for tensors that were allocated under another current stream.
     ///
     /// # Errors
     /// [`Error::Shim`].

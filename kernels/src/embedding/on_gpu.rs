@@ -18,8 +18,8 @@ const COLUMNS: usize = 256;
 const SEGMENTS: usize = 16;
 const THREADS: usize = 512;
 
-/// Where each id of a batch occurs: found on the host, which has the ids anyway, so that a GPU can add
-/// an id's gradients up in the order of their tokens.
+/// Where each id of a batch occurs: found on the host, which has the ids anyway, so that a GPU can
+/// add an id's gradients up in the order of their tokens.
 #[derive(Debug)]
 pub(super) struct Occurrences {
     /// `[n]` int32: tokens, those of one id side by side and rising.

@@ -17,7 +17,7 @@ const SUM: Kernel = Kernel::new(&source::CROSS_ENTROPY, "sum_losses");
 const EACH: usize = 32;
 
 /// Dynamic shared memory in which a row's beginning waits for the second walk: two blocks share a
-/// multiprocessor, and every GPU since Ampere has room for these two.
+/// multiprocessor of those that train (A100, H100 and newer).
 const KEPT_BYTES: usize = 64 << 10;
 
 pub(super) fn run(

@@ -38,8 +38,8 @@ pub(super) fn add_sum_of_squares(
     if blocks == 0 {
         return Ok(());
     }
-    // SAFETY: the parameters of the kernels in their order; there is a partial sum for each block, and
-    // `total` has two numbers.
+    // SAFETY: the parameters of the kernels in their order; there is a partial sum for each block,
+    // and `total` has two numbers.
     unsafe {
         gpu.launch(
             PARTIAL.of(["f32", ""]),

@@ -1,7 +1,7 @@
 //! Products on a GPU: libtorch's, which are cuBLAS'.
 //!
-//! Sums are fp32. A weight gradient is added to its fp32 buffer inside the product, without a rounding
-//! and without a second pass.
+//! Sums are fp32. A weight gradient is added to its fp32 buffer inside the product, without a
+//! rounding and without a second pass.
 
 use tch::{Kind, Tensor};
 

@@ -111,8 +111,8 @@ fn forward_block(n: usize, h: usize) -> (usize, usize) {
     (threads, 1 << n.trailing_zeros().min(usize::ilog2(most)))
 }
 
-/// Rows that a block of the backward pass takes, and the number of such blocks: about a thousand for
-/// wide rows, and more for narrow ones while their partial sums are little beside the rows.
+/// Rows that a block of the backward pass takes, and the number of such blocks: about a thousand
+/// for wide rows, and more for narrow ones while their partial sums are little beside the rows.
 pub(super) fn partition([n, h]: [usize; 2]) -> (usize, usize) {
     let rows = (n * h).div_ceil(1 << 22).max(4);
     (rows, n.div_ceil(rows))

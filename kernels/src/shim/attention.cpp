@@ -3,12 +3,10 @@
 #include "guarded.h"
 #include "shim.h"
 
-#include <mutex>
 #include <optional>
 #include <tuple>
 #include <utility>
 
-#include <ATen/Context.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/_cudnn_attention_backward.h>
@@ -64,40 +62,9 @@ Forward flash_forward(const OxitronAttention &in) {
   return {std::move(out), std::move(lse)};
 }
 
-// Flash attention reads its choice of algorithm from a setting of the process, which this changes
-// while it lives; one thread at a time, so that none restores the other's change.
-class Deterministic {
-  static std::mutex turn;
-  const std::lock_guard<std::mutex> lock{turn};
-  at::Context &context = at::globalContext();
-  const bool algorithms = context.deterministicAlgorithms();
-  const bool warn_only = context.deterministicAlgorithmsWarnOnly();
-  const bool fill = context.deterministicFillUninitializedMemory();
-
-public:
-  Deterministic() {
-    context.setDeterministicAlgorithms(true, /*warn_only=*/false);
-    // Nothing here reads memory that was not written, and filling it would cost a pass.
-    context.setDeterministicFillUninitializedMemory(false);
-  }
-
-  ~Deterministic() {
-    context.setDeterministicAlgorithms(algorithms, warn_only);
-    context.setDeterministicFillUninitializedMemory(fill);
-  }
-
-  Deterministic(const Deterministic &) = delete;
-  Deterministic &operator=(const Deterministic &) = delete;
-};
-
-std::mutex Deterministic::turn;
-
-Backward flash_backward(const OxitronAttention &in, const Saved &saved, bool deterministic) {
+// Its choice of algorithm follows the setting of the process (`oxitron_numerics_set`).
+Backward flash_backward(const OxitronAttention &in, const Saved &saved) {
   const at::Tensor none;
-  std::optional<Deterministic> choice;
-  if (deterministic) {
-    choice.emplace();
-  }
   // Without dropout no random state is read: any tensor will do.
   return at::_flash_attention_backward(
       saved.dout, *in.q, *in.k, *in.v, saved.out, saved.lse, packed(in) ? *in.starts_q : none,
@@ -247,7 +214,7 @@ char *oxitron_attention_backward(int32_t kernel, const OxitronAttention *inputs,
     Backward result;
     switch (kernel) {
     case OXITRON_FLASH:
-      result = flash_backward(*inputs, saved, deterministic != 0);
+      result = flash_backward(*inputs, saved);
       break;
     case OXITRON_CUDNN:
       result = cudnn_backward(*inputs, saved, deterministic != 0);

@@ -7,8 +7,8 @@
 // No function records a graph for gradients.
 //
 // No header of CUDA is needed: the functions reach a GPU through interfaces that libtorch_cpu and
-// libc10 declare and libtorch_cuda fills in once it is loaded. libtorch asks for its CUDA half once and
-// remembers the answer, so it is loaded before the first question about GPUs.
+// libc10 declare and libtorch_cuda fills in once it is loaded. libtorch asks for its CUDA half once
+// and remembers the answer, so it is loaded before the first question about GPUs.
 #pragma once
 
 #include <cstdint>

@@ -88,14 +88,20 @@ impl Buffer {
 /// # Errors
 /// A sentence that says what was expected and what was found.
 pub(super) fn checked(tensor: &Tensor) -> Result<Buffer, String> {
-    if !tensor.defined() {
-        return Err("expected a tensor, found an undefined one".to_owned());
-    }
+    let buffer = described(tensor)?;
     if tensor.device() != Device::Cpu {
         return Err(format!(
             "expected a CPU tensor, found one on {:?}",
             tensor.device()
         ));
+    }
+    Ok(buffer)
+}
+
+/// As [`checked`], on whatever device: for operations that touch no memory.
+pub(super) fn described(tensor: &Tensor) -> Result<Buffer, String> {
+    if !tensor.defined() {
+        return Err("expected a tensor, found an undefined one".to_owned());
     }
     if !tensor.is_contiguous() {
         let (shape, strides) = (tensor.size(), tensor.stride());

@@ -7,7 +7,7 @@ use std::sync::mpsc::Sender;
 use tch::Tensor;
 
 use super::alone::Alone;
-use super::buffer::{Buffer, Element, checked};
+use super::buffer::{Buffer, Element, checked, described};
 use super::engine::Command;
 use super::event::Event;
 use super::members::Members;
@@ -173,7 +173,8 @@ impl Lane {
                 buffer, target, place, form,
             ))])
         };
-        self.submit_with("reduce-scatter-into", buffer, Some(into), plan)
+        let planned = checked(&buffer).and_then(plan);
+        self.submit_planned("reduce-scatter-into", buffer, Some(into), planned)
     }
 
     /// Gathers slices: `buffer` is `[size · slice]` of any type that lanes carry, with the slice at
@@ -278,25 +279,26 @@ impl Lane {
         tensor: Tensor,
         plan: impl FnOnce(Buffer) -> Plan,
     ) -> Ticket {
-        self.submit_with(name, tensor, None, |buffer| {
-            let phases = plan(buffer)?;
-            Ok(if self.place.size == 1 {
-                Vec::new()
-            } else {
-                phases
-            })
-        })
+        let alone = self.place.size == 1;
+        let buffer = if alone {
+            // It may lie on a GPU.
+            described(&tensor)
+        } else {
+            checked(&tensor)
+        };
+        let planned = buffer.and_then(plan);
+        let phases = planned.map(|phases| if alone { Vec::new() } else { phases });
+        self.submit_planned(name, tensor, None, phases)
     }
 
-    /// Checks the tensor, lets `plan` cut the operation into schedules and passes it on.
-    fn submit_with(
+    /// Passes on an operation that has been checked and cut into schedules, or refuses it.
+    fn submit_planned(
         &self,
         name: &'static str,
         tensor: Tensor,
         into: Option<Tensor>,
-        plan: impl FnOnce(Buffer) -> Plan,
+        planned: Plan,
     ) -> Ticket {
-        let planned = checked(&tensor).and_then(plan);
         let label = Label {
             operation: name,
             lane: Arc::clone(&self.members),

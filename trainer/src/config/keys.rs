@@ -59,8 +59,9 @@ pub(super) const RUN: &[Key] = &[
         "Run directory: resolved config, metrics, logs, checkpoints."),
     key("seed", Integer(0, i64::MAX as u64), Is("0"), "",
         "Seed of the initial weights and of the data order."),
-    key("device", Choice(&["auto", "cpu"]), Is("\"auto\""), "",
-        "Where to compute; `auto` takes the best that is there."),
+    key("device", Choice(&["auto", "cpu", "cuda"]), Is("\"auto\""), "",
+        "Where to compute. `cuda` takes the GPU with the rank's number on its node; no GPU has \
+         confirmed it yet, so `auto` is the processor."),
     key("deterministic", Boolean, Is("false"), "",
         "The run, repeated on the same ranks and threads, gives the same bits: nothing is chosen by \
          measurement. A new run in bf16 on a processor with AMX then multiplies by itself; otherwise \

@@ -68,6 +68,8 @@ pub enum Device {
     Auto,
     /// The processor.
     Cpu,
+    /// NVIDIA GPUs, one for each rank.
+    Cuda,
 }
 
 /// `[validation]`: documents held back, and when to use them.

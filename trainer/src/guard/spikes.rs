@@ -434,8 +434,8 @@ mod tests {
                 let verdict = observe(&mut plain, loss, norm);
                 // A power of two scales without rounding.
                 let other = observe(&mut scaled, loss * 1024.0, norm / 64.0);
-                prop_assert_eq!(verdict == None, other == None);
-                if verdict == None {
+                prop_assert_eq!(verdict.is_none(), other.is_none());
+                if verdict.is_none() {
                     accepted.push((loss, norm));
                 }
                 let newest = &accepted[accepted.len().saturating_sub(window)..];

@@ -9,7 +9,7 @@ use oxitron_kernels::{Error, Workspace};
 use tch::{Device, Kind, Tensor};
 
 use super::{
-    ModelError, Stopwatch, TorchContext,
+    LossSum, ModelError, Stopwatch, TorchContext,
     program::{Program, Slot, SlotKind, SlotSpec, Storage},
 };
 
@@ -86,8 +86,8 @@ pub struct Activations {
     pub(super) normed: Tensor,
     pub(super) normed_gradient: Tensor,
     pub(super) rstd: Tensor,
-    /// Loss of a micro-batch, `[1]` fp64.
-    pub(super) loss: Tensor,
+    /// Of the micro-batches since it was cleared.
+    pub loss: LossSum,
     pub(super) workspace: Workspace,
     pub(super) tokens: usize,
     /// When each operation ran.
@@ -166,7 +166,7 @@ impl Activations {
             normed: allocate(hidden, precision.compute)?,
             normed_gradient: allocate(hidden, precision.compute)?,
             rstd: statistic(1)?,
-            loss: Tensor::f_zeros([1], (Kind::Double, device)).during("allocating activations")?,
+            loss: LossSum::new(device)?,
             workspace: Workspace::new(device),
             tokens,
             stopwatch: Stopwatch::default(),

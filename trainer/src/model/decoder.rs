@@ -18,33 +18,6 @@ pub type LayerWeights = Vec<Vec<Tensor>>;
 /// Views of the fp32 gradients of a layer's units: `[unit][matrix]`, `None` where frozen.
 pub type LayerGradients = Vec<Vec<Option<Tensor>>>;
 
-/// Sum of the token losses of a micro-batch, and how many tokens had a target.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Loss {
-    /// Σ −log p(target), in nats.
-    pub sum: f64,
-    /// Tokens with a target.
-    pub targets: u64,
-}
-
-impl Loss {
-    /// Mean loss per target token; 0 when there is none.
-    pub fn mean(&self) -> f64 {
-        if self.targets == 0 {
-            0.0
-        } else {
-            self.sum / self.targets as f64
-        }
-    }
-}
-
-impl std::ops::AddAssign for Loss {
-    fn add_assign(&mut self, other: Self) {
-        self.sum += other.sum;
-        self.targets += other.targets;
-    }
-}
-
 /// What the head computes.
 pub enum Objective<'a> {
     /// The loss alone.
@@ -165,7 +138,7 @@ impl Decoder {
         self.program.ops.iter().try_for_each(|op| run.forward(op))
     }
 
-    /// Runs the final norm, the head and the loss.
+    /// Runs the final norm, the head and the loss, which is added to that of `activations`.
     ///
     /// # Errors
     /// When a kernel refuses its arguments or fails.
@@ -175,7 +148,7 @@ impl Decoder {
         batch: &Batch,
         activations: &mut Activations,
         objective: Objective<'_>,
-    ) -> Result<Loss, ModelError> {
+    ) -> Result<(), ModelError> {
         self.check_batch(batch, activations)?;
         self.run_head(weights, batch, activations, objective)
             .map_err(|source| self.failed(self.layers() - 1, source))
@@ -187,7 +160,7 @@ impl Decoder {
         batch: &Batch,
         activations: &mut Activations,
         objective: Objective<'_>,
-    ) -> Result<Loss, oxitron_kernels::Error> {
+    ) -> Result<(), oxitron_kernels::Error> {
         let Activations {
             stream,
             normed,
@@ -203,9 +176,8 @@ impl Decoder {
         rms_norm::forward(last, &weights[NORM.0][NORM.1], self.norm_eps, normed, rstd)?;
         stopwatch.lap("rms_norm", "final norm");
         let head = &weights[HEAD.0][HEAD.1];
-        let _ = loss.f_zero_().map_err(torch)?;
         let losses = linear_cross_entropy::Losses {
-            sum: loss,
+            sum: loss.add(batch.target_count),
             per_token: None,
         };
         let inputs = linear_cross_entropy::Inputs {
@@ -214,7 +186,7 @@ impl Decoder {
             targets: &batch.targets,
             weights: None,
             vocab_size: self.vocab_size,
-            chunk: linear_cross_entropy::DEFAULT_CHUNK,
+            chunk: linear_cross_entropy::default_chunk(normed.device()),
         };
         match objective {
             Objective::Loss => linear_cross_entropy::forward(&inputs, losses, workspace)?,
@@ -226,12 +198,8 @@ impl Decoder {
                 linear_cross_entropy::forward_backward(&inputs, losses, gradients, workspace)?;
             }
         }
-        let sum = loss.f_double_value(&[0]).map_err(torch)?;
         stopwatch.lap("head", "loss");
-        Ok(Loss {
-            sum,
-            targets: batch.target_count,
-        })
+        Ok(())
     }
 
     /// Runs a layer backwards. For the last layer, [`Decoder::head`] with

@@ -5,8 +5,7 @@
 //! workspace.
 
 use oxitron_kernels::{
-    WorkspacePlan, attention, linear_add, linear_cross_entropy,
-    linear_cross_entropy::DEFAULT_CHUNK, linear_glu, linear_rope, rms_norm,
+    WorkspacePlan, attention, linear_add, linear_cross_entropy, linear_glu, linear_rope, rms_norm,
 };
 use tch::{Device, Kind};
 
@@ -39,15 +38,17 @@ impl ActivationBytes {
     }
 }
 
-/// What micro-batches of `tokens` tokens need when `model` computes in `compute`, with or without
-/// recomputation. Proportional to `tokens`, apart from the workspace.
+/// What micro-batches of `tokens` tokens need when `model` computes in `compute` on `device`, with or
+/// without recomputation. Proportional to `tokens`, apart from the workspace.
 pub fn activation_bytes(
     model: &ModelConfig,
     compute: Dtype,
     tokens: usize,
     recompute: bool,
+    device: Device,
 ) -> ActivationBytes {
     let count = Count {
+        device,
         program: llama::block_program(model),
         precision: Precision {
             compute: kind(compute),
@@ -69,6 +70,7 @@ pub fn activation_bytes(
 }
 
 struct Count {
+    device: Device,
     program: Program,
     precision: Precision,
     tokens: usize,
@@ -120,7 +122,7 @@ impl Count {
     fn workspace(&self, model: &ModelConfig) -> WorkspacePlan {
         let (kind, tokens, hidden) = (self.precision.compute, self.tokens, model.hidden_size);
         let width = |slot: usize| self.program.slots[slot].width;
-        let mut plan = WorkspacePlan::new(Device::Cpu);
+        let mut plan = WorkspacePlan::new(self.device);
         for op in &self.program.ops {
             match *op {
                 Op::RmsNorm { x, .. } => rms_norm::plan(&mut plan, tokens, width(x)),
@@ -151,7 +153,8 @@ impl Count {
         }
         rms_norm::plan(&mut plan, tokens, hidden);
         let head = [model.vocab_size, hidden];
-        linear_cross_entropy::plan(&mut plan, kind, tokens, head, DEFAULT_CHUNK);
+        let chunk = linear_cross_entropy::default_chunk(self.device);
+        linear_cross_entropy::plan(&mut plan, kind, tokens, head, chunk);
         plan
     }
 }
@@ -171,7 +174,7 @@ mod tests {
         let model = Config::from_text(text, "test", std::path::Path::new("/"), &[])
             .unwrap()
             .model;
-        let bytes = |recompute| activation_bytes(&model, Dtype::Bf16, 4096, recompute);
+        let bytes = |recompute| activation_bytes(&model, Dtype::Bf16, 4096, recompute, Device::Cpu);
         let (kept, again) = (bytes(false), bytes(true));
         let stream = (model.num_layers + 1) * 4096 * model.hidden_size * 4;
         assert_eq!(again.kept, stream);

@@ -14,6 +14,7 @@ mod batch;
 mod decoder;
 mod footprint;
 mod llama;
+mod loss;
 mod op;
 mod program;
 mod stopwatch;
@@ -22,9 +23,10 @@ mod tests;
 
 pub use activations::Activations;
 pub use batch::Batch;
-pub use decoder::{Decoder, LayerGradients, LayerWeights, Loss, Objective};
+pub use decoder::{Decoder, LayerGradients, LayerWeights, Objective};
 pub use footprint::{ActivationBytes, activation_bytes};
 pub use llama::{describe, tensor_names};
+pub use loss::{Loss, LossSum};
 pub use program::{Op, Program, Slot, SlotKind, SlotSpec};
 pub use stopwatch::{OpSpan, Stopwatch};
 

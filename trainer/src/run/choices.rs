@@ -13,7 +13,7 @@ use oxitron_kernels::probe;
 use oxitron_kernels::product::{Engine, Trial};
 use oxitron_kernels::simd::{self, Level};
 use serde_json::Value;
-use tch::Kind;
+use tch::{Device, Kind};
 
 use super::origin::Origin;
 use super::plan::{RunPlan, dtype_name, dtype_of_this_machine, kind};
@@ -25,6 +25,7 @@ use crate::plan::{Unit, Units};
 
 /// Names of the choices in a manifest.
 const DTYPE: &str = "dtype";
+const DEVICE: &str = "device";
 const SIMD: &str = "simd";
 const PRODUCTS: &str = "products";
 const WEIGHT_GRADIENTS: &str = "weight_gradients";
@@ -32,11 +33,18 @@ const WEIGHT_GRADIENTS: &str = "weight_gradients";
 /// Rows of the products that are measured, at most: more than a cache holds, and soon done.
 const TRIAL_ROWS: usize = 2048;
 
-/// The choices of a run that computes in `dtype`, on this machine.
-pub(super) fn choices(dtype: Dtype) -> BTreeMap<String, Value> {
+/// The choices of a run that computes in `dtype` on `device`.
+pub(super) fn choices(device: Device, dtype: Dtype) -> BTreeMap<String, Value> {
+    if device.is_cuda() {
+        let choices = [(DTYPE, dtype_name(dtype)), (DEVICE, "cuda")];
+        return choices
+            .map(|(name, value)| (name.to_owned(), value.into()))
+            .into();
+    }
     let engine = Engine::of(kind(dtype));
     let mut choices = BTreeMap::from([
         (DTYPE, dtype_name(dtype)),
+        (DEVICE, "cpu"),
         (SIMD, simd::level().name()),
         (PRODUCTS, engine.name()),
     ]);
@@ -56,12 +64,14 @@ pub(super) fn choose_dtype(
     config: &Config,
     ranks: &Ranks,
     origin: &Origin,
+    device: Device,
 ) -> Result<Dtype, RunError> {
     let recorded = origin.recorded(DTYPE);
     let [bf16] = ranks.leaders_choice(|| {
         let choose = || match recorded.as_deref() {
             Some("bf16") => Dtype::Bf16,
             Some(_) => Dtype::Fp32,
+            None if device.is_cuda() => Dtype::Bf16,
             None => {
                 let (dtype, reason) = dtype_of_this_machine();
                 tracing::info!("dtype auto: {reason}");
@@ -148,7 +158,7 @@ fn block_weights(units: &Units) -> Vec<[usize; 2]> {
 impl Trainer<'_> {
     /// Tells what this machine chooses otherwise than the one that wrote the checkpoint.
     pub(super) fn tell_changed_choices(&mut self, origin: &Origin) {
-        let mut now = choices(self.dtype);
+        let mut now = choices(self.device, self.dtype);
         // It follows the configuration, or what the run began with.
         now.remove(DTYPE);
         for (choice, after) in now {

@@ -13,11 +13,15 @@ use super::RunError;
 use crate::comm::Lane;
 use crate::faults;
 use crate::guard::{Cause, Spikes};
-use crate::model::Loss;
+use crate::model::LossSum;
 use crate::zero::CommClock;
 
 /// Numbers in the sum, fp64 each.
 const VALUES: usize = 6;
+
+/// Where the sum of losses and that of the gradient's squares stand.
+const LOSS: i64 = 0;
+const SQUARES: i64 = 2;
 
 /// The most bytes that one of `ranks` ranks sends for the sum: it adds up a slice of the numbers
 /// and sends that to all others, who do the same with theirs.
@@ -29,9 +33,9 @@ pub(super) fn control_bytes(ranks: usize) -> usize {
 }
 
 /// What a rank brings to the agreement, beside its squares of the gradient.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub(super) struct Contribution {
-    pub(super) loss: Loss,
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Contribution<'a> {
+    pub(super) loss: &'a LossSum,
     pub(super) flags: Flags,
 }
 
@@ -53,20 +57,6 @@ pub(super) struct Agreement {
     pub(super) record: Record,
     /// What at least one rank said.
     pub(super) flags: Flags,
-}
-
-impl Contribution {
-    /// Spoiled together with the `squares`, where a test asks for it.
-    fn with_faults(mut self, squares: &mut Tensor) -> Result<Self, RunError> {
-        if let Some(fault) = faults::at("step::loss") {
-            self.loss.sum = fault.apply(self.loss.sum);
-        }
-        if let Some(fault) = faults::at("step::gradient") {
-            let spoiled = fault.apply(squares.f_double_value(&[0])?);
-            let _ = squares.f_select(0, 0)?.f_fill_(spoiled)?;
-        }
-        Ok(self)
-    }
 }
 
 /// What became of the gradient.
@@ -158,20 +148,24 @@ impl Control {
         betas: Betas,
         clock: &mut CommClock,
     ) -> Result<(), RunError> {
-        let Contribution { loss, flags } = mine.with_faults(&mut self.squares)?;
+        let Contribution { loss, flags } = mine;
         let mine: [f64; VALUES] = [
-            loss.sum,
-            loss.targets as f64,
+            0.0,
+            loss.targets() as f64,
             0.0,
             f64::from(u8::from(flags.stop_requested)),
             f64::from(u8::from(flags.saving)),
             f64::from(u8::from(flags.save_failed)),
         ];
-        self.sums.f_copy_(&Tensor::f_from_slice(&mine)?)?;
-        // The squares do not pass through the host.
-        self.sums
-            .f_select(0, 2)?
-            .f_copy_(&self.squares.f_select(0, 0)?)?;
+        for (index, number) in (0..).zip(mine) {
+            // Filled in, not copied: a copy from the host waits for a GPU.
+            let _ = self.sums.f_narrow(0, index, 1)?.f_fill_(number)?;
+        }
+        // Loss and squares do not pass through the host.
+        self.put(LOSS, loss.sum())?;
+        self.put(SQUARES, &self.squares.f_narrow(0, 0, 1)?)?;
+        self.spoil("step::loss", LOSS)?;
+        self.spoil("step::gradient", SQUARES)?;
         self.sums = reduce(lane, self.sums.shallow_clone(), clock)?;
         let Self {
             sums,
@@ -180,6 +174,20 @@ impl Control {
             ..
         } = self;
         Ok(decision::decide(sums, limits, betas, record, decision)?)
+    }
+
+    /// Takes over one number, `[1]` fp64.
+    fn put(&self, index: i64, number: &Tensor) -> Result<(), RunError> {
+        Ok(self.sums.f_narrow(0, index, 1)?.f_copy_(number)?)
+    }
+
+    /// Changes one number where a test asks for it.
+    fn spoil(&self, point: &'static str, index: i64) -> Result<(), RunError> {
+        if let Some(fault) = faults::at(point) {
+            let spoiled = fault.apply(self.sums.f_double_value(&[index])?);
+            let _ = self.sums.f_narrow(0, index, 1)?.f_fill_(spoiled)?;
+        }
+        Ok(())
     }
 
     /// What the ranks have agreed on last.
@@ -229,21 +237,17 @@ mod tests {
     };
 
     /// A step of one rank.
-    fn step(control: &mut Control, loss: Loss, squares: f64, limits: &Limits) -> Agreement {
+    fn step(control: &mut Control, loss: LossSum, squares: f64, limits: &Limits) -> Agreement {
         let lane = Comm::solo().lane(&[0]).unwrap();
         control.begin_step().unwrap();
         let _ = control.squares().get(0).fill_(squares);
         let mine = Contribution {
-            loss,
+            loss: &loss,
             flags: Flags::default(),
         };
         let clock = &mut CommClock::default();
         control.agree(&lane, mine, limits, BETAS, clock).unwrap();
         control.read().unwrap()
-    }
-
-    fn loss(sum: f64, targets: u64) -> Loss {
-        Loss { sum, targets }
     }
 
     #[test]
@@ -258,7 +262,7 @@ mod tests {
                 let squares = [[18.0, 18.0], [0.0, 64.0]][step][comm.rank()];
                 let _ = control.squares().get(0).fill_(squares);
                 let mine = Contribution {
-                    loss: loss(1.5, 1 + comm.rank() as u64),
+                    loss: &LossSum::of(1.5, 1 + comm.rank() as u64),
                     flags: Flags {
                         saving: comm.rank() == step,
                         stop_requested: step == 1,
@@ -313,10 +317,10 @@ mod tests {
         };
         let mut control = Control::new(0, Device::Cpu).unwrap();
         for (bad, squares, reason) in [
-            (loss(0.0, 0), 0.0, "the batch has no target token"),
-            (loss(f64::NAN, 4), 1.0, "the loss is not finite"),
+            (LossSum::of(0.0, 0), 0.0, "the batch has no target token"),
+            (LossSum::of(f64::NAN, 4), 1.0, "the loss is not finite"),
             (
-                loss(8.0, 4),
+                LossSum::of(8.0, 4),
                 f64::INFINITY,
                 "the gradient norm is not finite",
             ),
@@ -325,10 +329,10 @@ mod tests {
             let cause = Cause::Unusable(reason);
             assert_eq!(verdict, Verdict::Skip { cause });
         }
-        let verdict = step(&mut control, loss(12.0, 4), 16.0, &limits).verdict(&spikes);
+        let verdict = step(&mut control, LossSum::of(12.0, 4), 16.0, &limits).verdict(&spikes);
         let cause = Cause::Spike(spikes.spike(3.0, 1.0));
         assert_eq!(verdict, Verdict::Skip { cause });
-        let verdict = step(&mut control, loss(8.0, 4), 16.0, &limits).verdict(&spikes);
+        let verdict = step(&mut control, LossSum::of(8.0, 4), 16.0, &limits).verdict(&spikes);
         assert_eq!(verdict, Verdict::Update);
     }
 
@@ -340,10 +344,10 @@ mod tests {
             let agreement = step(control, loss, 1.0, &limits);
             agreement.record.adam_steps
         };
-        assert_eq!(after(&mut control, loss(8.0, 4)), 7);
-        assert_eq!(after(&mut control, loss(f64::NAN, 4)), 7);
-        assert_eq!(after(&mut control, loss(8.0, 4)), 8);
+        assert_eq!(after(&mut control, LossSum::of(8.0, 4)), 7);
+        assert_eq!(after(&mut control, LossSum::of(f64::NAN, 4)), 7);
+        assert_eq!(after(&mut control, LossSum::of(8.0, 4)), 8);
         control.set_adam_steps(0).unwrap();
-        assert_eq!(after(&mut control, loss(8.0, 4)), 1);
+        assert_eq!(after(&mut control, LossSum::of(8.0, 4)), 1);
     }
 }

@@ -1,6 +1,6 @@
 //! What a rank needs and sends in a stage, in bytes, and what of it fits into a given memory.
 
-use super::{RunError, RunPlan, control::control_bytes};
+use super::{RunError, RunPlan, control::control_bytes, device::planned};
 use crate::config::{Config, Dtype, Recompute, ShardSize};
 use crate::metrics::units::bytes;
 use crate::model::{ActivationBytes, activation_bytes};
@@ -57,7 +57,8 @@ impl RunPlan {
         let micro_batch = config.stages[stage].micro_batch;
         let ranks = self.layout.mesh.world();
         let tokens = micro_batch * config.stages[stage].seq_len;
-        let activations = |again| activation_bytes(&config.model, dtype, tokens, again);
+        let activations =
+            |again| activation_bytes(&config.model, dtype, tokens, again, planned(config));
         let (without, with) = (activations(false), activations(true));
         let recompute = self.shapes[stage].recompute;
         StageFigures {
@@ -94,7 +95,7 @@ impl RunPlan {
         other.state_bytes(stage, dtype).total()
             + self.staging_bytes(config)
             + inputs(config, stage, micro_batch, ranks)
-            + activation_bytes(&config.model, dtype, tokens, recompute).total()
+            + activation_bytes(&config.model, dtype, tokens, recompute, planned(config)).total()
     }
 
     /// The most samples that a rank can compute at once in `memory` bytes, no more than it has to

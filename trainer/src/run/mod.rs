@@ -26,6 +26,7 @@ mod abandon;
 mod bad_steps;
 mod choices;
 mod control;
+mod device;
 mod error;
 mod feed;
 mod figures;

@@ -1,16 +1,17 @@
 //! Opening a run: a new one with initial values, or one that has begun from its newest checkpoint.
 
 use oxitron_data::{Dataset, DatasetSpec, SourceSpec};
-use oxitron_kernels::{memory, product::Engine, simd};
+use oxitron_kernels::{memory, simd};
 use tch::Device;
 
 use super::{
     RunError,
     choices::{choose_dtype, choose_products},
     control::{self, Control},
+    device,
     folder::RunFolder,
     origin::Origin,
-    plan::{RunPlan, dtype_name, kind, set_threads, wire},
+    plan::{RunPlan, kind, set_threads, wire},
     progress::Progress,
     ranks::Ranks,
     restore::{initial_values, read_state, set_aside, weights_alone},
@@ -30,9 +31,6 @@ use crate::metrics::{self, Event, MetricsWriter};
 use crate::model::Decoder;
 use crate::zero::{CommClock, Groups, StateDtypes, StateKind, Zero};
 
-/// Where runs compute.
-const DEVICE: Device = Device::Cpu;
-
 impl<'a> Trainer<'a> {
     /// Checks the plan, takes hold of the run directory, opens the data and fills the state.
     pub(super) fn open(
@@ -47,6 +45,7 @@ impl<'a> Trainer<'a> {
         check_nodes(config, &ranks, comm)?;
         set_threads(config, comm.local_world())?;
         memory::install()?;
+        let device = ranks.together(device::open(config, comm))?;
 
         let lock = || RunFolder::lock(&config.run.dir);
         let folder = ranks.together(if ranks.leads() {
@@ -69,8 +68,10 @@ impl<'a> Trainer<'a> {
             rejected,
             config_change,
             data_change,
-        } = Begun::new(config, comm, watch, &ranks, &plan, options)?;
-        choose_products(config, &ranks, &plan, &origin, dtype)?;
+        } = Begun::new(config, comm, watch, &ranks, &plan, options, device)?;
+        if device == Device::Cpu {
+            choose_products(config, &ranks, &plan, &origin, dtype)?;
+        }
         let (run_id, attempt, began) = identify(config, &ranks, &origin)?;
         let open_metrics = |folder: &RunFolder| {
             folder.write_config(&config.resolved_toml()?)?;
@@ -93,12 +94,12 @@ impl<'a> Trainer<'a> {
             "start a thread that looks for requests to stop in",
         ));
         let progress = Progress::start(dataset.start());
-        let control = Control::new(progress.adam_step, DEVICE);
+        let control = Control::new(progress.adam_step, device);
         let mut trainer = Self {
             config,
             watch,
             progress,
-            device: DEVICE,
+            device,
             dtype,
             plan,
             decoder,
@@ -151,11 +152,9 @@ impl<'a> Trainer<'a> {
         let (mesh, traffic) = (&self.plan.layout.mesh, &figures.traffic);
         let shown = |count: usize| bytes(count as u64);
         tracing::info!(
-            "{} parameters, {} ({}, products {}) on {} ranks: zero_stage {}, {} shard groups of {}",
+            "{} parameters ({}) on {} ranks: zero_stage {}, {} shard groups of {}",
             grouped(self.plan.units.parameters() as u64),
-            dtype_name(self.dtype),
-            simd::level().name(),
-            Engine::of(kind(self.dtype)).name(),
+            device::described(self.device, self.dtype),
             self.ranks.ranks,
             self.config.parallel.zero_stage,
             mesh.replicate,
@@ -216,6 +215,7 @@ impl Begun {
         ranks: &Ranks,
         plan: &RunPlan,
         options: &Options,
+        device: Device,
     ) -> Result<Self, RunError> {
         let mut rejected: Vec<(u64, String)> = Vec::new();
         loop {
@@ -229,7 +229,7 @@ impl Begun {
                 });
             }
             ranks.together(origin.check(&plan.units))?;
-            let dtype = choose_dtype(config, ranks, &origin)?;
+            let dtype = choose_dtype(config, ranks, &origin, device)?;
             let recorded = match &origin {
                 Origin::Resume(checkpoint) => checkpoint.meta().dataset_lock.as_deref(),
                 _ => None,
@@ -247,7 +247,7 @@ impl Begun {
                     moments: kind(config.optimizer.moments_dtype),
                     wire: wire(config.parallel.grad_reduce_dtype),
                 },
-                DEVICE,
+                device,
             )?;
             let filled = match &origin {
                 Origin::Resume(checkpoint) => {

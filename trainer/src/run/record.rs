@@ -2,11 +2,12 @@
 
 use std::path::Path;
 
-use oxitron_kernels::{decision::Cause, memory};
+use oxitron_kernels::decision::Cause;
 
 use super::{
     RunError,
     control::Agreement,
+    device,
     feed::StepData,
     stage::Stage,
     step::StepReport,
@@ -50,7 +51,7 @@ impl Trainer<'_> {
             comm_seconds: report.comm.busy.as_secs_f64(),
             exposed_comm_seconds: report.comm.exposed.as_secs_f64(),
             optimizer_seconds: report.optimizer.as_secs_f64(),
-            peak_bytes: memory::stats().peak_bytes,
+            peak_bytes: device::peak_bytes(self.device),
             skipped: agreement.record.cause != Cause::Update,
         };
         metrics.step(&record);

@@ -159,7 +159,7 @@ impl Trainer<'_> {
             attempt: self.attempt,
             parent: self.parent.clone(),
             dataset_lock: Some(self.dataset.fingerprint().to_owned()),
-            choices: choices(self.dtype),
+            choices: choices(self.device, self.dtype),
             config: self.config.resolved_toml()?,
             special_tokens: SpecialTokens {
                 eos: vec![self.dataset.eos_id()],

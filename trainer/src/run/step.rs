@@ -17,7 +17,7 @@ use super::{
 };
 use crate::comm::Lane;
 use crate::faults;
-use crate::model::{Activations, Batch, Decoder, Loss, Objective};
+use crate::model::{Activations, Batch, Decoder, Objective};
 use crate::plan::Action;
 use crate::zero::{CommClock, Zero};
 
@@ -53,9 +53,9 @@ pub(super) struct StepReport {
 impl Step<'_> {
     /// Walks the actions in order.
     pub(super) fn run(mut self, actions: &[Action]) -> Result<StepReport, RunError> {
-        let mut loss = Loss::default();
         let mut optimizer = Duration::ZERO;
         self.control.begin_step()?;
+        self.pass.activations.loss.clear()?;
 
         for &action in actions {
             let began = self.tracer.begin();
@@ -68,14 +68,14 @@ impl Step<'_> {
                     let squares = self.control.squares();
                     self.pass.zero.add_sum_of_squares(piece, squares)?;
                 }
-                Action::Control => self.agree(loss)?,
+                Action::Control => self.agree()?,
                 Action::Update { piece } => {
                     let began = Instant::now();
                     let decision = self.control.decision();
                     self.pass.zero.update(piece, &self.adamw, decision)?;
                     optimizer += began.elapsed();
                 }
-                other => loss += self.pass.act(other)?,
+                other => self.pass.act(other)?,
             }
             self.tracer.action(action, began, self.pass.activations);
         }
@@ -85,11 +85,11 @@ impl Step<'_> {
         })
     }
 
-    fn agree(&mut self, loss: Loss) -> Result<(), RunError> {
+    fn agree(&mut self) -> Result<(), RunError> {
         // As late as can be: a request in the middle of a step is answered after it.
         let stop_requested = self.stops.is_some_and(Stops::requested);
         let mine = Contribution {
-            loss,
+            loss: &self.pass.activations.loss,
             flags: Flags {
                 stop_requested,
                 ..self.flags
@@ -130,23 +130,23 @@ pub(super) struct Pass<'a> {
 }
 
 impl Pass<'_> {
-    /// Does what one action says and returns the loss that it adds. The actions of the optimizer
-    /// are the step's.
-    pub(super) fn act(&mut self, action: Action) -> Result<Loss, RunError> {
+    /// Does what one action says; losses are added to those of the activations. The actions of the
+    /// optimizer are the step's.
+    pub(super) fn act(&mut self, action: Action) -> Result<(), RunError> {
         let last_layer = self.decoder.layers() - 1;
         match action {
             Action::Forward { micro_batch, layer } if layer == last_layer => {
-                return self.head(micro_batch);
+                self.head(micro_batch)?;
             }
             Action::Forward { micro_batch, layer } | Action::Recompute { micro_batch, layer } => {
                 self.forward(micro_batch, layer)?;
             }
-            Action::Evaluate { micro_batch } => return self.evaluate(micro_batch),
+            Action::Evaluate { micro_batch } => self.evaluate(micro_batch)?,
             Action::Backward { micro_batch, layer } => self.backward(micro_batch, layer)?,
             Action::Exchange(exchange) => self.zero.exchange(exchange)?,
             Action::Norm { .. } | Action::Control | Action::Update { .. } => {}
         }
-        Ok(Loss::default())
+        Ok(())
     }
 
     fn forward(&mut self, micro_batch: usize, layer: usize) -> Result<(), RunError> {
@@ -157,7 +157,7 @@ impl Pass<'_> {
         Ok(())
     }
 
-    fn head(&mut self, micro_batch: usize) -> Result<Loss, RunError> {
+    fn head(&mut self, micro_batch: usize) -> Result<(), RunError> {
         let layer = self.decoder.layers() - 1;
         let weights = self.zero.weights(layer)?;
         let mut gradients = self.zero.gradients(layer)?;
@@ -170,7 +170,7 @@ impl Pass<'_> {
             .head(&weights, batch, self.activations, objective)?)
     }
 
-    fn evaluate(&mut self, micro_batch: usize) -> Result<Loss, RunError> {
+    fn evaluate(&mut self, micro_batch: usize) -> Result<(), RunError> {
         let weights = self.zero.weights(self.decoder.layers() - 1)?;
         let batch = &self.batches[micro_batch];
         Ok(self

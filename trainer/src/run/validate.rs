@@ -22,7 +22,7 @@ impl Trainer<'_> {
         let (config, device) = (self.config, self.device);
         let read = validation_batches(&self.dataset, config, stage.config, &self.ranks, device);
         let batches = self.ranks.together(read)?;
-        let mut loss = Loss::default();
+        stage.activations.loss.clear()?;
         for batch in &batches {
             let mut pass = Pass {
                 batches: std::slice::from_ref(batch),
@@ -34,10 +34,11 @@ impl Trainer<'_> {
             for &action in &stage.evaluation {
                 self.watch.act(self.progress.step + 1, action)?;
                 let began = self.tracer.begin();
-                loss += pass.act(action)?;
+                pass.act(action)?;
                 self.tracer.action(action, began, pass.activations);
             }
         }
+        let loss = stage.activations.loss.read()?;
         let mine = [loss.sum, loss.targets as f64];
         let sums = control::sum(&self.ranks.world, &mine, &mut self.zero.clock)?;
         // What validation has cost does not belong to the next step.

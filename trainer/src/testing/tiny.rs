@@ -86,7 +86,8 @@ impl Tiny {
         let weights = self.zero.weights(self.decoder.layers() - 1).unwrap();
         self.decoder
             .head(&weights, batch, &mut activations, Objective::Loss)
-            .unwrap()
+            .unwrap();
+        activations.loss.read().unwrap()
     }
 
     /// The loss of a batch and the gradients of its mean, by tensor; frozen tensors are absent.
@@ -99,10 +100,10 @@ impl Tiny {
         let objective = Objective::LossAndGradient {
             gradients: &mut gradients,
         };
-        let loss = self
-            .decoder
+        self.decoder
             .head(&weights, batch, &mut activations, objective)
             .unwrap();
+        let loss = activations.loss.read().unwrap();
         for layer in (0..=last).rev() {
             let weights = self.zero.weights(layer).unwrap();
             if self.recompute && layer != 0 && layer != last {

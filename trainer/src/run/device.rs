@@ -1,0 +1,67 @@
+//! Where a run computes: the processor, or a GPU for each rank.
+
+use oxitron_kernels::cuda::{self, DeviceMemory, Numerics};
+use oxitron_kernels::memory;
+use oxitron_kernels::product::Engine;
+use oxitron_kernels::simd;
+
+use super::RunError;
+use super::plan::{dtype_name, kind};
+use crate::comm::Comm;
+use crate::config::{self, Config, Dtype};
+
+/// The device that the configuration names, for a plan: nothing is asked of it.
+pub fn planned(config: &Config) -> tch::Device {
+    match config.run.device {
+        config::Device::Auto | config::Device::Cpu => tch::Device::Cpu,
+        config::Device::Cuda => tch::Device::Cuda(0),
+    }
+}
+
+/// Makes the device of this rank ready: the GPU with the number that the rank has on its node.
+///
+/// # Errors
+/// [`RunError::Plan`] for what cannot compute there, with what is missing.
+pub(super) fn open(config: &Config, comm: &Comm) -> Result<tch::Device, RunError> {
+    if config.run.device != config::Device::Cuda {
+        return Ok(tch::Device::Cpu);
+    }
+    if comm.world() > 1 {
+        return Err(RunError::Plan(format!(
+            "`run.device` is \"cuda\" with {} ranks, but gradients do not travel between GPUs yet: \
+             start one rank, or compute on the processor",
+            comm.world()
+        )));
+    }
+    let numerics = Numerics {
+        deterministic: config.run.deterministic,
+        ..Numerics::default()
+    };
+    let prepare = || cuda::prepare(comm.local_rank(), numerics);
+    let name = prepare().map_err(|error| RunError::Plan(format!("`run.device`: {error}")))?;
+    tracing::info!("computing on {name}");
+    Ok(tch::Device::Cuda(comm.local_rank()))
+}
+
+/// What computes, in a few words.
+pub(super) fn described(device: tch::Device, dtype: Dtype) -> String {
+    let name = dtype_name(dtype);
+    match device {
+        tch::Device::Cuda(ordinal) => format!("{name}, GPU {ordinal}"),
+        _ => format!(
+            "{name}, {}, products {}",
+            simd::level().name(),
+            Engine::of(kind(dtype)).name()
+        ),
+    }
+}
+
+/// Most bytes of tensors on the device at once, as its allocator counts them.
+pub(super) fn peak_bytes(device: tch::Device) -> u64 {
+    match device {
+        tch::Device::Cuda(ordinal) => {
+            DeviceMemory::read(ordinal).map_or(0, |memory| memory.allocated_peak)
+        }
+        _ => memory::stats().peak_bytes,
+    }
+}
