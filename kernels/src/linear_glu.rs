@@ -96,7 +96,14 @@ pub fn backward(
     let [_, i] = sizes(BACKWARD, "w", w)?;
     if let Some(gpu) = cuda::of(BACKWARD, "dz", dz)? {
         let sizes = ([n, o], i);
-        return on_gpu::backward(&gpu, activation, sizes, dz, w, gate_up, dgate_up, workspace);
+        return on_gpu::backward(
+            &gpu,
+            activation,
+            sizes,
+            [dz, w, gate_up],
+            dgate_up,
+            workspace,
+        );
     }
     with_float!(BACKWARD, "dz", dz => T: with_gate!(activation, gate => {
         let mut operands = Operands::new(BACKWARD);

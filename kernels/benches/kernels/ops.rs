@@ -215,7 +215,7 @@ fn head(bench: &mut Bench, kind: Kind) -> Result<(), Error> {
         targets: &targets,
         weights: None,
         vocab_size: v as usize,
-        chunk: loss::DEFAULT_CHUNK,
+        chunk: loss::default_chunk(Device::Cpu),
     };
     let op = Op {
         name: "head".to_owned(),

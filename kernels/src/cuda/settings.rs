@@ -90,10 +90,8 @@ impl HostWaits {
     /// [`Error::Shim`] without libtorch's CUDA half.
     pub fn watch() -> Result<Self, Error> {
         // SAFETY: takes a plain number.
-        outcome(
-            "warning_state",
-            text(unsafe { oxitron_host_waits_watch(1) }),
-        )?;
+        let message = unsafe { oxitron_host_waits_watch(1) };
+        outcome("warning_state", text(message))?;
         // SAFETY: takes no arguments.
         let before = unsafe { oxitron_host_waits_count() };
         Ok(HostWaits {

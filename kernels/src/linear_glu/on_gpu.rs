@@ -64,9 +64,7 @@ pub(super) fn backward(
     gpu: &Gpu,
     activation: Activation,
     ([n, o], i): ([usize; 2], usize),
-    dz: &Tensor,
-    w: &Tensor,
-    gate_up: &Tensor,
+    [dz, w, gate_up]: [&Tensor; 3],
     dgate_up: &mut Tensor,
     workspace: &mut Workspace,
 ) -> Result<(), Error> {
