@@ -6,7 +6,7 @@
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help setup build demo clean-demo test torture check oracle peers bench bench-lengths \
-	bench-peers bench-overlap bench-save cuda-check docs
+	bench-peers bench-overlap bench-save cuda-check gpu-bundle docs
 
 CARGO_FLAGS := --release --locked
 have = $(shell command -v $(1) 2>/dev/null)
@@ -37,6 +37,7 @@ endif
 	tests/setup_test.sh
 	tests/demo_test.sh
 	tests/docs_test.sh
+	tests/gpu_bundle_test.sh
 	python3 -B tests/bench/outcome_test.py
 	python3 -B tests/cuda/check_test.py
 
@@ -61,8 +62,11 @@ endif
 # The second line compiles as a run does. Tests of the kernels on emulated threads are in `make test`.
 cuda-check: setup ## kernels for GPUs compile without one, within limits of registers and spills
 	python3 -B tests/cuda/check.py
-	OXITRON_NVRTC="$$(python3 -B tests/cuda/nvrtc.py)" cargo test $(CARGO_FLAGS) --workspace \
-		--features oxitron/faults --lib -- cuda::compiler
+	nvrtc=$$(python3 -B tests/cuda/nvrtc.py) && OXITRON_NVRTC=$$nvrtc cargo test $(CARGO_FLAGS) \
+		--workspace --features oxitron/faults --lib -- cuda::compiler
+
+gpu-bundle: setup ## a folder that tests and measures kernels on a GPU machine with PyTorch alone
+	python3 -B tests/gpu/make_bundle.py
 
 oracle: build ## golden files made again and exports loaded by transformers (5 GB the first time)
 	folder=$$(tests/oracle/setup.sh) && "$$folder/venv/bin/python" tests/oracle/run_all.py && \

@@ -1,19 +1,19 @@
 //! Kernels for NVIDIA GPUs: from a `.cu` file to a launch.
 //!
-//! An op's file decides by where its tensors lie: [`of`] answers `None` for tensors on the CPU, and
-//! a [`Gpu`] otherwise, on which the op launches kernels. Nothing of CUDA is linked: the driver,
+//! An op's file decides by where its tensors lie: `of` answers `None` for tensors on the CPU, and
+//! a `Gpu` otherwise, on which the op launches kernels. Nothing of CUDA is linked: the driver,
 //! the compiler (NVRTC) and libtorch's CUDA half are loaded when a device is first asked for
-//! ([`libraries`]), so one binary serves machines with and without a GPU.
+//! (`libraries`), so one binary serves machines with and without a GPU.
 //!
-//! * [`source`] holds the texts. They need no header of CUDA.
-//! * [`compiler`] turns a text into code for one architecture and keeps that in a cache on disk.
-//! * [`grid`] is the arithmetic of launch shapes, [`arguments`] what a kernel is called with.
+//! * `source` holds the texts. They need no header of CUDA.
+//! * `compiler` turns a text into code for one architecture and keeps that in a cache on disk.
+//! * `grid` is the arithmetic of launch shapes, `arguments` what a kernel is called with.
 //! * [`Stream`], [`Event`], [`DeviceMemory`], [`Numerics`] and [`HostWaits`] reach what libtorch
 //!   has for GPUs and tch does not.
-//! * [`device`] launches, on libtorch's current stream: kernels and libtorch's own work run in the
+//! * `device` launches, on libtorch's current stream: kernels and libtorch's own work run in the
 //!   order in which they were issued, and no launch waits for one before it.
-//! * [`emulator`] runs the same texts on the CPU, for tests: compiled as C++, each thread of a
-//!   block a fiber. Under [`emulated`], ops take CPU tensors down the very path that a GPU takes,
+//! * `emulator` runs the same texts on the CPU, for tests: compiled as C++, each thread of a
+//!   block a fiber. Under `emulated`, ops take CPU tensors down the very path that a GPU takes,
 //!   argument lists, launch shapes and all.
 
 mod arguments;

@@ -216,9 +216,7 @@ mod tests {
             println!("skipped: this machine has a GPU");
             return;
         }
-        for error in [Stream::current(0).err(), Event::new(true).err()] {
-            println!("{}", error.unwrap());
-        }
+        println!("{}", Stream::current(0).unwrap_err());
     }
 
     #[test]
