@@ -32,7 +32,12 @@ pub fn run(args: &DoctorArgs) -> Result<ExitCode> {
     for Fact { name, found } in facts() {
         match found {
             Ok(found) => println!("  ok       {name:width$}  {found}"),
-            Err(missing) => println!("  missing  {name:width$}  {missing}"),
+            Err(missing) => {
+                // What is missing is named already.
+                let problem = missing.split_once(" is missing: ");
+                let problem = problem.map_or(missing.as_str(), |(_, problem)| problem);
+                println!("  missing  {name:width$}  {problem}");
+            }
         }
     }
     match machine.why_no_gpu() {

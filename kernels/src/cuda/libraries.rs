@@ -132,9 +132,12 @@ impl Piece {
 fn open(path: &Path) -> Result<(), String> {
     // SAFETY: the initialisers are those of libraries that the user has installed to be run.
     let opened = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_GLOBAL) };
-    opened
-        .map(std::mem::forget)
-        .map_err(|error| error.to_string())
+    // The loader's own words are what the error comes from.
+    let words = |error: libloading::Error| match std::error::Error::source(&error) {
+        Some(source) => source.to_string(),
+        None => error.to_string(),
+    };
+    opened.map(std::mem::forget).map_err(words)
 }
 
 /// NVRTC asks for its own library of built-in functions by its bare name, which the loader knows
