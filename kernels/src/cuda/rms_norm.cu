@@ -276,7 +276,7 @@ DEVICE void backward(const T *dy, const R *x, const T *w, const f32 *rstd, u64 n
     float dot = 0.0f;
     for (u32 base = first_unit<N>(); base < h; base += all) {
 #pragma unroll 1
-    for (u32 part = 0; part < UNITS; part += HELD) {
+      for (u32 part = 0; part < UNITS; part += HELD) {
         const u32 start = base + part * WARP * N;
 #pragma unroll
         for (u32 k = 0; k < HELD; k++) {
@@ -319,7 +319,7 @@ DEVICE void backward(const T *dy, const R *x, const T *w, const f32 *rstd, u64 n
     const float mean = block_sum(dot) * scale / float(h);
     for (u32 base = first_unit<N>(); base < h; base += all) {
 #pragma unroll 1
-    for (u32 part = 0; part < UNITS; part += HELD) {
+      for (u32 part = 0; part < UNITS; part += HELD) {
 #pragma unroll
         for (u32 k = 0; k < HELD; k++) {
           const u32 start = base + (part + k) * WARP * N;
