@@ -30,10 +30,9 @@ impl TokenIds {
     /// # Errors
     /// [`Error::Torch`] if libtorch cannot allocate.
     pub fn new(ids: &[i64], device: Device) -> Result<Self, Error> {
-        let tensor = Tensor::f_from_slice(ids).and_then(|tensor| tensor.f_to_device(device));
         let occurrences = cuda::is_gpu(device).then(|| on_gpu::Occurrences::new(ids, device));
         Ok(TokenIds {
-            ids: tensor.map_err(torch(FORWARD))?,
+            ids: cuda::upload(ids, device)?,
             occurrences: occurrences.transpose()?,
         })
     }

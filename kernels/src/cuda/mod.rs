@@ -9,7 +9,7 @@
 //! * `compiler` turns a text into code for one architecture and keeps that in a cache on disk.
 //! * `grid` is the arithmetic of launch shapes, `arguments` what a kernel is called with.
 //! * [`Stream`], [`Event`], [`DeviceMemory`], [`Numerics`] and [`HostWaits`] reach what libtorch
-//!   has for GPUs and tch does not.
+//!   has for GPUs and tch does not; [`upload`] and [`Download`] copy without waiting.
 //! * `device` launches, on libtorch's current stream: kernels and libtorch's own work run in the
 //!   order in which they were issued, and no launch waits for one before it.
 //! * `emulator` runs the same texts on the CPU, for tests: compiled as C++, each thread of a
@@ -23,6 +23,7 @@ mod device;
 #[cfg(any(test, feature = "emulator"))]
 mod emulator;
 mod grid;
+mod host;
 mod libraries;
 mod memory;
 mod settings;
@@ -40,6 +41,7 @@ pub use device::{DeviceInfo, devices};
 #[cfg(any(test, feature = "emulator"))]
 pub use emulator::{emulated, with_schedule};
 pub(crate) use grid::{GROUP, Grid, whole_warps};
+pub use host::{Download, upload};
 pub use libraries::{Piece, has_driver, libtorch, pieces};
 pub use memory::DeviceMemory;
 pub(crate) use settings::is_deterministic;
@@ -128,7 +130,7 @@ pub fn prepare(ordinal: usize, numerics: Numerics) -> Result<String, Error> {
 }
 
 /// Whether ops on tensors of `device` run the kernels of a GPU.
-pub(crate) fn is_gpu(device: tch::Device) -> bool {
+pub fn is_gpu(device: tch::Device) -> bool {
     match device {
         #[cfg(any(test, feature = "emulator"))]
         tch::Device::Cpu => emulator::is_on(),

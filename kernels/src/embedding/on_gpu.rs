@@ -4,8 +4,9 @@ use tch::{Device, Kind, Tensor};
 
 use super::{BACKWARD, FORWARD, TokenIds};
 use crate::Error;
-use crate::cuda::{Gpu, Grid, Kernel, Pointers, aligned, arguments, float, source, whole_warps};
-use crate::error::torch;
+use crate::cuda::{
+    Gpu, Grid, Kernel, Pointers, aligned, arguments, float, source, upload, whole_warps,
+};
 
 const FORWARD_KERNEL: Kernel = Kernel::new(&source::EMBEDDING, "embedding_forward");
 const BACKWARD_KERNEL: Kernel = Kernel::new(&source::EMBEDDING, "embedding_backward");
@@ -32,15 +33,9 @@ pub(super) struct Occurrences {
 impl Occurrences {
     pub(super) fn new(ids: &[i64], device: Device) -> Result<Self, Error> {
         let (order, starts) = group(ids);
-        let tensor = |numbers: &[i32]| {
-            let numbers = Tensor::f_from_slice(numbers);
-            numbers
-                .and_then(|numbers| numbers.f_to_device(device))
-                .map_err(torch(BACKWARD))
-        };
         Ok(Occurrences {
-            order: tensor(&order)?,
-            starts: tensor(&starts)?,
+            order: upload(&order, device)?,
+            starts: upload(&starts, device)?,
             segments: starts.len() - 1,
         })
     }

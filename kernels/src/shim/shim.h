@@ -115,6 +115,12 @@ char *oxitron_device_memory_release();
 // Bytes that the driver has left, for every process together, and bytes that the GPU has.
 char *oxitron_device_memory_total(int32_t device, uint64_t *left, uint64_t *total);
 
+// ---- copies from the host ------------------------------------------------------------------------
+
+// A copy of the CPU tensor `host` on a GPU, made by the current stream. `host` is not needed any
+// more when the call returns, and the host does not wait for what the GPU is doing.
+char *oxitron_upload(const at::Tensor *host, int32_t device, at::Tensor **uploaded);
+
 // ---- numerics -----------------------------------------------------------------------------------
 
 // Settings of the process. On a GPU, `deterministic` makes libtorch's ops choose an algorithm whose

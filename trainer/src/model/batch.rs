@@ -1,9 +1,9 @@
 //! A micro-batch of packed samples as tensors.
 
-use oxitron_kernels::{DocumentStarts, embedding::TokenIds};
+use oxitron_kernels::{DocumentStarts, cuda::upload, embedding::TokenIds};
 use tch::{Device, Tensor};
 
-use super::{ModelError, TorchContext};
+use super::ModelError;
 
 /// Packed samples of equal length.
 ///
@@ -53,28 +53,19 @@ impl Batch {
                 });
             }
         }
-        let documents =
-            DocumentStarts::new(seq_len, starts).map_err(|source| ModelError::Kernel {
-                layer: "batch".into(),
-                source,
-            })?;
-        const COPYING: &str = "copying a batch to the device";
-        let tensor = |values: &[i64]| {
-            Tensor::f_from_slice(values)
-                .and_then(|tensor| tensor.f_to_device(device))
-                .during(COPYING)
+        let failed = |source| ModelError::Kernel {
+            layer: "batch".into(),
+            source,
         };
-        let starts = device.is_cuda().then(|| {
-            Tensor::f_from_slice(&documents.cumulative())
-                .and_then(|starts| starts.f_to_device(device))
-                .during(COPYING)
-        });
+        let documents = DocumentStarts::new(seq_len, starts).map_err(failed)?;
+        // Nobody waits here for what a GPU is doing.
+        let tensor = |values: &[i64]| upload(values, device).map_err(failed);
+        let starts = device
+            .is_cuda()
+            .then(|| upload(&documents.cumulative(), device).map_err(failed));
         Ok(Self {
             target_count: targets.iter().filter(|&&target| target >= 0).count() as u64,
-            tokens: TokenIds::new(tokens, device).map_err(|source| ModelError::Kernel {
-                layer: "batch".into(),
-                source,
-            })?,
+            tokens: TokenIds::new(tokens, device).map_err(failed)?,
             starts: starts.transpose()?,
             targets: tensor(targets)?,
             positions: tensor(&documents.positions())?,
