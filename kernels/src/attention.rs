@@ -107,6 +107,16 @@ fn scratch<T: Dtype>(
     workspace.take(SCRATCH, &[len], Kind::Float)
 }
 
+/// Names of the kernels of libtorch that GPU number `ordinal` computes attention with, heads of `d`
+/// elements in `kind`: for samples of one document each, and for packed documents. They follow
+/// [`Numerics`](crate::cuda::Numerics).
+///
+/// # Errors
+/// [`Error::Cuda`] where there is no such GPU.
+pub fn gpu_kernels(kind: Kind, d: usize, ordinal: usize) -> Result<[&'static str; 2], Error> {
+    Ok(on_gpu::names(kind, d, cuda::Device::get(ordinal)?))
+}
+
 /// What [`forward`] and [`backward`] take from the workspace for `tokens` tokens of `kind`, in
 /// whatever samples and documents, and heads `[nq, nkv, d]`, with the calling thread's thread count.
 ///

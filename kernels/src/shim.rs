@@ -23,6 +23,16 @@ pub(crate) enum AttentionKernel {
     Efficient = 2,
 }
 
+impl AttentionKernel {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Flash => "flash",
+            Self::Cudnn => "cudnn",
+            Self::Efficient => "efficient",
+        }
+    }
+}
+
 /// What attention reads, and how.
 #[derive(Clone, Copy)]
 pub(crate) struct Attention<'a> {

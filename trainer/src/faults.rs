@@ -88,6 +88,17 @@ pub fn setup() -> Result<(), Error> {
     Ok(())
 }
 
+/// As [`setup`], from a text. Points that it names begin to count anew.
+#[cfg(test)]
+pub(crate) fn set(text: &str) {
+    #[cfg(feature = "faults")]
+    if let Err(error) = active::configure(text) {
+        unreachable!("{error}");
+    }
+    #[cfg(not(feature = "faults"))]
+    assert!(text.is_empty(), "this build knows no faults");
+}
+
 /// Says which rank this process is, for faults with `@R`.
 #[inline]
 pub fn set_rank(rank: usize) {

@@ -6,30 +6,35 @@
 use tch::{Kind, Tensor};
 
 use super::{Gradients, Inputs, Shape};
+use crate::Error;
 use crate::cuda::{self, Device, Gpu, Pointers, float};
 use crate::error::torch;
 use crate::shim::{Attention, AttentionKernel};
-use crate::{DocumentStarts, Error};
 
-/// The kernel for heads of `d` elements in `kind`, packed or dense.
+/// The kernel for heads of `d` elements in `kind`, `dense` or packed.
 ///
 /// cuDNN is the fastest from Hopper on, and takes dense samples alone. Flash attention takes all
 /// that is bf16 otherwise, and the memory-efficient kernels take the rest: fp32 and odd sizes.
 fn kernel(
     kind: Kind,
     d: usize,
-    documents: &DocumentStarts,
+    dense: bool,
     device: &Device,
     deterministic: bool,
 ) -> AttentionKernel {
     if kind != Kind::BFloat16 || !d.is_multiple_of(8) || d > 256 {
         return AttentionKernel::Efficient;
     }
-    let dense = documents.is_whole() && documents.seq() > 1;
     if dense && d <= 128 && device.is_hopper_or_newer() && !deterministic {
         return AttentionKernel::Cudnn;
     }
     AttentionKernel::Flash
+}
+
+/// Names of the kernels for samples of one document each and for packed documents.
+pub(super) fn names(kind: Kind, d: usize, device: &Device) -> [&'static str; 2] {
+    let deterministic = cuda::is_deterministic();
+    [true, false].map(|dense| kernel(kind, d, dense, device, deterministic).name())
 }
 
 /// A call, in the layout that its documents ask for.
@@ -52,13 +57,9 @@ impl<'a> Call<'a> {
     ) -> Result<Self, Error> {
         let (kind, _) = float(op, "q", inputs.q)?;
         let deterministic = cuda::is_deterministic();
-        let kernel = kernel(
-            kind,
-            shape.query[3],
-            inputs.documents,
-            device,
-            deterministic,
-        );
+        // cuDNN refuses samples of one token.
+        let dense = inputs.documents.is_whole() && inputs.documents.seq() > 1;
+        let kernel = kernel(kind, shape.query[3], dense, device, deterministic);
         Ok(Call {
             op,
             inputs,

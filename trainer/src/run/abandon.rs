@@ -28,6 +28,10 @@ impl Trainer<'_> {
             dog.save_failed(step.unwrap_or(found), &reason);
             return Err(self.last_save_failed());
         };
+        if let Err(error) = self.conclude_last(LEAVING) {
+            self.watch.dog().save_failed(step, &error.to_string());
+            return Err(self.last_save_failed());
+        }
         tracing::info!(
             "step {} takes too long and is given up; the state after step {step} is saved",
             step + 1

@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::{
-    RunError, control::Agreement, feed::StepData, open::open_dataset, restore::read_state,
+    RunError, conclude::Taken, control::Agreement, open::open_dataset, restore::read_state,
     trainer::Trainer,
 };
 use crate::checkpoint::{self, Checkpoint, Scrutiny, SkippedRange};
@@ -20,47 +20,82 @@ struct Earlier {
     samples: u64,
 }
 
+/// What follows a step.
+#[derive(Debug, Default)]
+pub(super) enum Answer {
+    /// The next one.
+    #[default]
+    GoOn,
+    /// Steps from a checkpoint on.
+    GoBack(WayBack),
+}
+
+/// Why and how a run goes back.
+#[derive(Debug)]
+pub(super) struct WayBack {
+    bad: BadStep,
+    /// The newest checkpoint before the bad step.
+    target: Earlier,
+    /// Samples that are left out from there on.
+    leave_out: Range<u64>,
+}
+
 impl Trainer<'_> {
-    /// Answers a step whose update was not applied; true when the run went back. All ranks come to
-    /// the same answer.
+    /// Answers a step whose update was not applied. All ranks come to the same answer.
     ///
     /// # Errors
     /// [`RunError::BadSteps`] when the limits of `[guard]` are reached.
     pub(super) fn answer_bad_step(
         &mut self,
-        data: &StepData,
+        taken: &Taken,
         agreement: &Agreement,
         cause: Cause,
-    ) -> Result<bool, RunError> {
-        let mut earlier = self.newest_before(self.progress.step)?;
+    ) -> Result<Answer, RunError> {
+        let earlier = self.newest_before(taken.number)?;
         let bad = BadStep {
-            step: self.progress.step,
-            samples: data.samples.clone(),
+            step: taken.number,
+            samples: taken.samples.clone(),
             loss: agreement.record.mean_loss,
             grad_norm: agreement.record.grad_norm,
             cause,
             checkpoint_sample: earlier.map(|earlier| earlier.samples),
         };
-        match self.bad_steps.decide(&bad) {
-            Decision::Apply | Decision::Skip => {
+        match (self.bad_steps.decide(&bad), earlier) {
+            (Decision::GiveUp(message), _) => Err(RunError::BadSteps(message)),
+            (Decision::Rollback { leave_out }, Some(target)) => Ok(Answer::GoBack(WayBack {
+                bad,
+                target,
+                leave_out,
+            })),
+            _ => {
                 self.skip(&bad);
-                Ok(false)
-            }
-            Decision::GiveUp(message) => Err(RunError::BadSteps(message)),
-            Decision::Rollback { mut leave_out } => {
-                while let Some(target) = earlier {
-                    leave_out.start = leave_out.start.min(target.samples);
-                    if self.go_back(&bad, target, leave_out.clone())? {
-                        return Ok(true);
-                    }
-                    earlier = self.newest_before(target.step)?;
-                }
-                Err(RunError::BadSteps(format!(
-                    "{bad}. No checkpoint that the run could go back to is sound, see the log; \
-                     bring one back and start again"
-                )))
+                Ok(Answer::GoOn)
             }
         }
+    }
+
+    /// Goes back to a checkpoint, an older one where the newest is damaged.
+    ///
+    /// # Errors
+    /// [`RunError::BadSteps`] when none is sound.
+    pub(super) fn go_back(&mut self, way: WayBack) -> Result<(), RunError> {
+        let WayBack {
+            bad,
+            target,
+            mut leave_out,
+        } = way;
+        let mut earlier = Some(target);
+        while let Some(target) = earlier {
+            leave_out.start = leave_out.start.min(target.samples);
+            if self.go_back_to(&bad, target, leave_out.clone())? {
+                return Ok(());
+            }
+            earlier = self.newest_before(target.step)?;
+        }
+        Err(RunError::BadSteps(format!(
+            "{bad}. No checkpoint that the run could go back to is sound, see the log; bring one \
+             back and start again"
+        )))
     }
 
     /// Goes on without the update.
@@ -104,7 +139,7 @@ impl Trainer<'_> {
     /// The samples are left out for good before anything else happens: the checkpoint's manifest is
     /// rewritten. A run that is killed before that meets the same step again and decides again; so
     /// does one that could not write it and was killed before its next save.
-    fn go_back(
+    fn go_back_to(
         &mut self,
         bad: &BadStep,
         target: Earlier,

@@ -1,17 +1,17 @@
 //! What a run chooses by its machine: written into every manifest, and compared on resume.
 //!
 //! The dtype is kept, since it decides what the run computes; so is the engine of products where it
-//! is not known which one is faster. Which instructions compute it, and which engine where that is
-//! known, follows the machine: the loss curve is the same up to rounding, its bits are not, so a
-//! change is an event.
+//! is not known which one is faster. Which instructions compute it, which engine where that is
+//! known, and which of libtorch's kernels attend on a GPU, follow the machine: the loss curve is the
+//! same up to rounding, its bits are not, so a change is an event.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use oxitron_kernels::linear::WeightGradient;
-use oxitron_kernels::probe;
 use oxitron_kernels::product::{Engine, Trial};
 use oxitron_kernels::simd::{self, Level};
+use oxitron_kernels::{attention, cuda, probe};
 use serde_json::Value;
 use tch::{Device, Kind};
 
@@ -26,6 +26,8 @@ use crate::plan::{Unit, Units};
 /// Names of the choices in a manifest.
 const DTYPE: &str = "dtype";
 const DEVICE: &str = "device";
+const GPU: &str = "gpu";
+const ATTENTION: &str = "attention";
 const SIMD: &str = "simd";
 const PRODUCTS: &str = "products";
 const WEIGHT_GRADIENTS: &str = "weight_gradients";
@@ -33,29 +35,38 @@ const WEIGHT_GRADIENTS: &str = "weight_gradients";
 /// Rows of the products that are measured, at most: more than a cache holds, and soon done.
 const TRIAL_ROWS: usize = 2048;
 
-/// The choices of a run that computes in `dtype` on `device`.
-pub(super) fn choices(device: Device, dtype: Dtype) -> BTreeMap<String, Value> {
-    if device.is_cuda() {
-        let choices = [(DTYPE, dtype_name(dtype)), (DEVICE, "cuda")];
-        return choices
-            .map(|(name, value)| (name.to_owned(), value.into()))
-            .into();
-    }
-    let engine = Engine::of(kind(dtype));
-    let mut choices = BTreeMap::from([
-        (DTYPE, dtype_name(dtype)),
-        (DEVICE, "cpu"),
-        (SIMD, simd::level().name()),
-        (PRODUCTS, engine.name()),
-    ]);
-    if engine == Engine::Libtorch && dtype == Dtype::Bf16 {
-        let way = WeightGradient::of_this_machine();
-        choices.insert(WEIGHT_GRADIENTS, way.name());
+/// The choices of a run that computes in `dtype` on `device`, with attention heads of `head_dim`
+/// elements.
+fn choices(
+    device: Device,
+    dtype: Dtype,
+    head_dim: usize,
+) -> Result<BTreeMap<String, Value>, RunError> {
+    let mut choices = vec![(DTYPE, dtype_name(dtype).to_owned())];
+    if let Device::Cuda(ordinal) = device {
+        let [whole, packed] = attention::gpu_kernels(kind(dtype), head_dim, ordinal)?;
+        let gpu = cuda::devices()?.swap_remove(ordinal);
+        choices.extend([
+            (DEVICE, "cuda".to_owned()),
+            (GPU, format!("{}, {}", gpu.name, gpu.architecture)),
+            (ATTENTION, format!("{whole}, packed {packed}")),
+        ]);
+    } else {
+        let engine = Engine::of(kind(dtype));
+        choices.extend([
+            (DEVICE, "cpu".to_owned()),
+            (SIMD, simd::level().name().to_owned()),
+            (PRODUCTS, engine.name().to_owned()),
+        ]);
+        if engine == Engine::Libtorch && dtype == Dtype::Bf16 {
+            let way = WeightGradient::of_this_machine();
+            choices.push((WEIGHT_GRADIENTS, way.name().to_owned()));
+        }
     }
     let entries = choices.into_iter();
-    entries
+    Ok(entries
         .map(|(name, value)| (name.to_owned(), value.into()))
-        .collect()
+        .collect())
 }
 
 /// The dtype of weights and activations: what the configuration says; for `auto` what the run began
@@ -157,8 +168,8 @@ fn block_weights(units: &Units) -> Vec<[usize; 2]> {
 
 impl Trainer<'_> {
     /// Tells what this machine chooses otherwise than the one that wrote the checkpoint.
-    pub(super) fn tell_changed_choices(&mut self, origin: &Origin) {
-        let mut now = choices(self.device, self.dtype);
+    pub(super) fn tell_changed_choices(&mut self, origin: &Origin) -> Result<(), RunError> {
+        let mut now = self.choices()?;
         // It follows the configuration, or what the run began with.
         now.remove(DTYPE);
         for (choice, after) in now {
@@ -177,6 +188,12 @@ impl Trainer<'_> {
                 });
             }
         }
+        Ok(())
+    }
+
+    /// The choices of this run.
+    pub(super) fn choices(&self) -> Result<BTreeMap<String, Value>, RunError> {
+        choices(self.device, self.dtype, self.config.model.head_dim)
     }
 }
 

@@ -3,10 +3,13 @@
 //! Whatever ranks must agree on in a step travels in a single sum of fixed size: the loss, the
 //! number of targets, the gradient norm, whether anybody asked to stop, and how saves get on.
 //! Decisions are made from the sums alone, so every rank decides alike. They are made where the
-//! tensors are: the optimizer acts on them without the host, which reads what they were when the
-//! step is over.
+//! tensors are: the optimizer acts on them without the host, to which they are on their way
+//! meanwhile.
 
-use oxitron_kernels::decision::{self, Betas, Decision, Limits, Record};
+use oxitron_kernels::{
+    cuda::Download,
+    decision::{self, Betas, Decision, Limits, RECORD, Record},
+};
 use tch::{Device, Kind, Tensor};
 
 use super::RunError;
@@ -98,11 +101,12 @@ pub(super) struct Control {
     /// `[2]` fp64: this rank's squares of the gradient of the summed loss, and how many of its
     /// elements are not finite.
     squares: Tensor,
-    /// `[VALUES]` fp64, of all ranks once they have agreed.
-    sums: Tensor,
-    record: Tensor,
+    /// `[VALUES]` fp64, of all ranks once they have agreed, and behind them the record `[RECORD]`.
+    board: Tensor,
     /// Counts Adam's time.
     decision: Decision,
+    /// The board of the last step, on its way to the host.
+    report: Option<Download>,
 }
 
 impl Control {
@@ -111,15 +115,15 @@ impl Control {
         let zeros = |length: usize| Tensor::f_zeros([length as i64], (Kind::Double, device));
         Ok(Self {
             squares: zeros(2)?,
-            sums: zeros(VALUES)?,
-            record: Record::empty(device)?,
+            board: zeros(VALUES + RECORD)?,
             decision: Decision::new(adam_steps, device)?,
+            report: None,
         })
     }
 
     /// Goes on as after `adam_steps` updates: those of a checkpoint, or none.
     pub(super) fn set_adam_steps(&mut self, adam_steps: u64) -> Result<(), RunError> {
-        self.decision = Decision::new(adam_steps, self.sums.device())?;
+        self.decision = Decision::new(adam_steps, self.board.device())?;
         Ok(())
     }
 
@@ -139,7 +143,7 @@ impl Control {
         &self.decision
     }
 
-    /// Sums the contributions of all ranks of `lane` and decides.
+    /// Sums the contributions of all ranks of `lane` and decides, and sends word to the host.
     pub(super) fn agree(
         &mut self,
         lane: &Lane,
@@ -157,43 +161,47 @@ impl Control {
             f64::from(u8::from(flags.saving)),
             f64::from(u8::from(flags.save_failed)),
         ];
+        let sums = self.board.f_narrow(0, 0, VALUES as i64)?;
         for (index, number) in (0..).zip(mine) {
             // Filled in, not copied: a copy from the host waits for a GPU.
-            let _ = self.sums.f_narrow(0, index, 1)?.f_fill_(number)?;
+            let _ = sums.f_narrow(0, index, 1)?.f_fill_(number)?;
         }
         // Loss and squares do not pass through the host.
         self.put(LOSS, loss.sum())?;
         self.put(SQUARES, &self.squares.f_narrow(0, 0, 1)?)?;
         self.spoil("step::loss", LOSS)?;
         self.spoil("step::gradient", SQUARES)?;
-        self.sums = reduce(lane, self.sums.shallow_clone(), clock)?;
-        let Self {
-            sums,
-            record,
-            decision,
-            ..
-        } = self;
-        Ok(decision::decide(sums, limits, betas, record, decision)?)
+        let sums = reduce(lane, sums, clock)?;
+        let mut record = record_of(&self.board)?;
+        decision::decide(&sums, limits, betas, &mut record, &mut self.decision)?;
+        self.report = Some(Download::start(&self.board)?);
+        Ok(())
     }
 
     /// Takes over one number, `[1]` fp64.
     fn put(&self, index: i64, number: &Tensor) -> Result<(), RunError> {
-        Ok(self.sums.f_narrow(0, index, 1)?.f_copy_(number)?)
+        Ok(self.board.f_narrow(0, index, 1)?.f_copy_(number)?)
     }
 
     /// Changes one number where a test asks for it.
     fn spoil(&self, point: &'static str, index: i64) -> Result<(), RunError> {
         if let Some(fault) = faults::at(point) {
-            let spoiled = fault.apply(self.sums.f_double_value(&[index])?);
-            let _ = self.sums.f_narrow(0, index, 1)?.f_fill_(spoiled)?;
+            let spoiled = fault.apply(self.board.f_double_value(&[index])?);
+            let _ = self.board.f_narrow(0, index, 1)?.f_fill_(spoiled)?;
         }
         Ok(())
     }
 
-    /// What the ranks have agreed on last.
-    pub(super) fn read(&self) -> Result<Agreement, RunError> {
-        let record = Record::read(&self.record)?;
-        let sums = Vec::<f64>::try_from(&self.sums.f_to_device(Device::Cpu)?)?;
+    /// What the ranks have agreed on last, once this is known here.
+    ///
+    /// # Errors
+    /// [`RunError::Abandoned`] when `given_up` says so before.
+    pub(super) fn read(&self, given_up: &dyn Fn() -> bool) -> Result<Agreement, RunError> {
+        let report = self.report.as_ref();
+        let report = report.ok_or(RunError::Defect("read before the ranks have agreed"))?;
+        let board = report.wait(given_up)?.ok_or(RunError::Abandoned)?;
+        let record = Record::read(&record_of(board)?)?;
+        let sums = Vec::<f64>::try_from(board)?;
         Ok(Agreement {
             record,
             flags: Flags {
@@ -203,6 +211,11 @@ impl Control {
             },
         })
     }
+}
+
+/// The record on a board.
+fn record_of(board: &Tensor) -> Result<Tensor, RunError> {
+    Ok(board.f_narrow(0, VALUES as i64, RECORD as i64)?)
 }
 
 /// Sums vectors of equal length over the ranks of `lane`, in rank order.
@@ -247,7 +260,7 @@ mod tests {
         };
         let clock = &mut CommClock::default();
         control.agree(&lane, mine, limits, BETAS, clock).unwrap();
-        control.read().unwrap()
+        control.read(&|| false).unwrap()
     }
 
     #[test]
@@ -275,7 +288,7 @@ mod tests {
                 };
                 let clock = &mut CommClock::default();
                 control.agree(&lane, mine, &limits, BETAS, clock).unwrap();
-                agreements.push(control.read().unwrap());
+                agreements.push(control.read(&|| false).unwrap());
             }
             comm.finish().unwrap();
             agreements

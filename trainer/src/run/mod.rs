@@ -25,6 +25,7 @@
 mod abandon;
 mod bad_steps;
 mod choices;
+mod conclude;
 mod control;
 mod device;
 mod error;

@@ -1,7 +1,7 @@
 //! Opening a run: a new one with initial values, or one that has begun from its newest checkpoint.
 
 use oxitron_data::{Dataset, DatasetSpec, SourceSpec};
-use oxitron_kernels::{memory, simd};
+use oxitron_kernels::{cuda::is_gpu, memory, simd};
 use tch::Device;
 
 use super::{
@@ -105,6 +105,9 @@ impl<'a> Trainer<'a> {
             decoder,
             zero,
             control: ranks.together(control)?,
+            runs_ahead: is_gpu(device),
+            taken: None,
+            concluded: None,
             dataset,
             run_id,
             attempt,
@@ -136,7 +139,7 @@ impl<'a> Trainer<'a> {
                 difference,
             });
         }
-        trainer.tell_changed_choices(&origin);
+        trainer.tell_changed_choices(&origin)?;
         trainer.take_changed_data(data_change);
         for (step, reason) in rejected {
             trainer.reject(step, reason);

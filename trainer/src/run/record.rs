@@ -6,51 +6,48 @@ use oxitron_kernels::decision::Cause;
 
 use super::{
     RunError,
+    conclude::Taken,
     control::Agreement,
     device,
-    feed::StepData,
-    stage::Stage,
-    step::StepReport,
     trainer::{Outcome, Trainer},
 };
 use crate::guard::watchdog::Phase;
 use crate::metrics::{Event, StepRecord, StopReason};
 
 impl Trainer<'_> {
-    /// Writes down the figures of the step just taken, on the rank that writes them.
+    /// Writes down the figures of a step, on the rank that writes them.
     pub(super) fn record(
         &mut self,
-        stage: &Stage<'_>,
-        data: &StepData,
-        (report, agreement): (&StepReport, &Agreement),
-        lr: f64,
+        taken: &Taken,
+        agreement: &Agreement,
         step_seconds: f64,
     ) -> Result<(), RunError> {
         let Some(metrics) = &mut self.metrics else {
             return Ok(());
         };
-        let tokens_per_second = stage.config.batch_tokens as f64 / step_seconds;
+        let stage = &self.config.stages[taken.stage];
+        let tokens_per_second = stage.batch_tokens as f64 / step_seconds;
         let record = StepRecord {
-            step: self.progress.step,
+            step: taken.number,
             attempt: self.attempt,
-            stage: stage.config.name.clone(),
-            seq_len: stage.config.seq_len as u64,
+            stage: stage.name.clone(),
+            seq_len: stage.seq_len as u64,
             loss: agreement.record.mean_loss,
             grad_norm: agreement.record.grad_norm,
-            lr,
-            tokens: self.progress.tokens,
+            lr: taken.lr,
+            tokens: taken.tokens,
             target_tokens: agreement.record.targets,
-            samples: data.count,
+            samples: taken.sample_count,
             tokens_per_second,
             tgs: tokens_per_second / self.ranks.ranks as f64,
             // Nobody states the peak of a CPU; the share of an unknown peak is not a figure.
             mfu: None,
             hfu: None,
             step_seconds,
-            data_wait_seconds: data.wait.as_secs_f64(),
-            comm_seconds: report.comm.busy.as_secs_f64(),
-            exposed_comm_seconds: report.comm.exposed.as_secs_f64(),
-            optimizer_seconds: report.optimizer.as_secs_f64(),
+            data_wait_seconds: taken.data_wait.as_secs_f64(),
+            comm_seconds: taken.comm.busy.as_secs_f64(),
+            exposed_comm_seconds: taken.comm.exposed.as_secs_f64(),
+            optimizer_seconds: taken.optimizer.as_secs_f64(),
             peak_bytes: device::peak_bytes(self.device),
             skipped: agreement.record.cause != Cause::Update,
         };

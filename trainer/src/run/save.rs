@@ -6,7 +6,6 @@ use std::time::Instant;
 
 use super::{
     RunError,
-    choices::choices,
     control::Flags,
     saver::{CommitJob, PartError, SaveJob, Saved, spec},
     trainer::Trainer,
@@ -159,7 +158,7 @@ impl Trainer<'_> {
             attempt: self.attempt,
             parent: self.parent.clone(),
             dataset_lock: Some(self.dataset.fingerprint().to_owned()),
-            choices: choices(self.device, self.dtype),
+            choices: self.choices()?,
             config: self.config.resolved_toml()?,
             special_tokens: SpecialTokens {
                 eos: vec![self.dataset.eos_id()],

@@ -1,6 +1,8 @@
 //! A context stage while it runs, what depends on its sequence length, RoPE base and schedule; and
 //! how a run enters it.
 
+use std::sync::Arc;
+
 use oxitron_kernels::RopeTable;
 use tch::Device;
 
@@ -18,7 +20,7 @@ pub(super) struct Stage<'a> {
     pub(super) index: usize,
     pub(super) config: &'a StageConfig,
     /// What every step of the stage does.
-    pub(super) actions: Vec<Action>,
+    pub(super) actions: Arc<[Action]>,
     /// What the validation of a micro-batch does.
     pub(super) evaluation: Vec<Action>,
     pub(super) rope: RopeTable,
@@ -42,7 +44,7 @@ impl<'a> Stage<'a> {
         Ok(Self {
             index,
             config: stage,
-            actions: plan.step(index),
+            actions: plan.step(index).into(),
             evaluation: plan.evaluation(index),
             rope: RopeTable::new(
                 stage.rope_base,

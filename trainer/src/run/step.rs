@@ -19,7 +19,7 @@ use crate::comm::Lane;
 use crate::faults;
 use crate::model::{Activations, Batch, Decoder, Objective};
 use crate::plan::Action;
-use crate::zero::{CommClock, Zero};
+use crate::zero::Zero;
 
 /// What the actions of a step work on.
 pub(super) struct Step<'a> {
@@ -30,10 +30,8 @@ pub(super) struct Step<'a> {
     pub(super) control: &'a mut Control,
     /// Settings of this step's update.
     pub(super) adamw: AdamW,
-    /// What the step may not exceed.
-    pub(super) limits: Limits,
-    /// What this rank tells the others, but for requests to stop.
-    pub(super) flags: Flags,
+    /// Needed from the agreement on.
+    pub(super) rules: Option<Rules>,
     /// Who may ask the run to stop; absent in tests of single steps.
     pub(super) stops: Option<&'a Stops>,
     /// Counted from 1 over the whole run.
@@ -43,20 +41,19 @@ pub(super) struct Step<'a> {
     pub(super) tracer: &'a mut Tracer,
 }
 
-/// What a step has cost. What it came to is the control's to say.
-#[derive(Clone, Debug)]
-pub(super) struct StepReport {
-    pub(super) comm: CommClock,
-    pub(super) optimizer: Duration,
+/// What goes into the agreement of a step beside its figures.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rules {
+    /// What the step may not exceed.
+    pub(super) limits: Limits,
+    /// What this rank tells the others, but for requests to stop.
+    pub(super) flags: Flags,
 }
 
 impl Step<'_> {
-    /// Walks the actions in order.
-    pub(super) fn run(mut self, actions: &[Action]) -> Result<StepReport, RunError> {
+    /// Walks the actions in order. Returns how long those of the optimizer took.
+    pub(super) fn run(mut self, actions: &[Action]) -> Result<Duration, RunError> {
         let mut optimizer = Duration::ZERO;
-        self.control.begin_step()?;
-        self.pass.activations.loss.clear()?;
-
         for &action in actions {
             let began = self.tracer.begin();
             if let Some(watch) = self.watch {
@@ -79,20 +76,18 @@ impl Step<'_> {
             }
             self.tracer.action(action, began, self.pass.activations);
         }
-        Ok(StepReport {
-            comm: self.pass.zero.clock.take(),
-            optimizer,
-        })
+        Ok(optimizer)
     }
 
     fn agree(&mut self) -> Result<(), RunError> {
+        let Rules { limits, flags } = self.rules.ok_or(RunError::Defect("no rules to agree by"))?;
         // As late as can be: a request in the middle of a step is answered after it.
         let stop_requested = self.stops.is_some_and(Stops::requested);
         let mine = Contribution {
             loss: &self.pass.activations.loss,
             flags: Flags {
                 stop_requested,
-                ..self.flags
+                ..flags
             },
         };
         let betas = Betas {
@@ -100,8 +95,7 @@ impl Step<'_> {
             second: self.adamw.beta2,
         };
         let clock = &mut self.pass.zero.clock;
-        self.control
-            .agree(self.world, mine, &self.limits, betas, clock)
+        self.control.agree(self.world, mine, &limits, betas, clock)
     }
 }
 

@@ -2,18 +2,17 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use oxitron_data::Dataset;
-use oxitron_kernels::{
-    adamw::AdamW,
-    decision::{Cause, Limits},
-};
+use oxitron_kernels::{adamw::AdamW, decision::Limits};
 use tch::Device;
 
 use super::{
     RunError,
-    control::{Agreement, Control, Flags, Verdict},
+    bad_steps::Answer,
+    conclude::{Conclusion, Taken},
+    control::{Control, Flags},
     feed::StepData,
     folder::RunFolder,
     plan::RunPlan,
@@ -22,7 +21,7 @@ use super::{
     replicas,
     saver::Saver,
     stage::Stage,
-    step::{Pass, Step},
+    step::{Pass, Rules, Step},
     stops::Stops,
     trace::Tracer,
     watch::Watch,
@@ -33,6 +32,7 @@ use crate::faults;
 use crate::guard::{BadSteps, Spikes, watchdog::Phase};
 use crate::metrics::MetricsWriter;
 use crate::model::Decoder;
+use crate::plan::Action;
 use crate::zero::Zero;
 
 /// What a run is told beside its configuration.
@@ -99,6 +99,12 @@ pub(super) struct Trainer<'a> {
     pub(super) decoder: Decoder,
     pub(super) zero: Zero,
     pub(super) control: Control,
+    /// Whether steps are issued before it is known what the one before came to.
+    pub(super) runs_ahead: bool,
+    /// The step before, where that is so.
+    pub(super) taken: Option<Taken>,
+    /// When the last step was concluded.
+    pub(super) concluded: Option<Instant>,
     pub(super) dataset: Dataset,
     pub(super) progress: Progress,
     pub(super) run_id: String,
@@ -127,14 +133,31 @@ pub(super) struct Trainer<'a> {
 }
 
 /// What a step leaves to be done after it, decided alike on all ranks.
-struct StepEnd {
+pub(super) struct StepEnd {
+    /// What the ranks have told each other in the steps that were concluded.
     flags: Flags,
     /// The run has gone back to a checkpoint, perhaps to an earlier stage.
     went_back: bool,
 }
 
+impl StepEnd {
+    fn of(flags: Flags) -> Self {
+        Self {
+            flags,
+            went_back: false,
+        }
+    }
+
+    fn went_back(flags: Flags) -> Self {
+        Self {
+            flags,
+            went_back: true,
+        }
+    }
+}
+
 impl<'a> Trainer<'a> {
-    fn run(&mut self) -> Result<Outcome, RunError> {
+    pub(super) fn run(&mut self) -> Result<Outcome, RunError> {
         let stages = self.config.stages.len();
         if self.progress.stage >= stages {
             tracing::info!(
@@ -196,8 +219,8 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    /// Takes one step.
-    fn step(&mut self, stage: &mut Stage<'a>) -> Result<StepEnd, RunError> {
+    /// Takes one step, and concludes it or the one before.
+    pub(super) fn step(&mut self, stage: &mut Stage<'a>) -> Result<StepEnd, RunError> {
         let began = Instant::now();
         let number = self.progress.step + 1;
         faults::set_step(number);
@@ -205,12 +228,75 @@ impl<'a> Trainer<'a> {
         self.watch.phase(Phase::Data);
         self.tracer
             .enter(number, &mut self.zero, &mut stage.activations);
-        let given_up = || self.watch.gives_up(number);
+        let watch = self.watch;
+        let given_up = || watch.gives_up(number);
         let data = stage.feed.next(self.device, &given_up)?;
         self.tracer.note("data", Some(began));
         let lr = stage.config.lr_at(self.progress.step_in_stage);
-        let flags = self.flags();
-        let limits = self.limits();
+        self.control.begin_step()?;
+        stage.activations.loss.clear()?;
+
+        let actions = Arc::clone(&stage.actions);
+        let is_control = |action: &Action| *action == Action::Control;
+        let agreement = actions.iter().position(is_control).unwrap_or(actions.len());
+        let (gradient, update) = actions.split_at(agreement);
+        self.walk(stage, &data, lr, gradient, None)?;
+        let before = self.conclude_before(&given_up)?;
+        if let Answer::GoBack(way) = before.answer {
+            // A stop before the run has gone back leaves what is no state to go on from.
+            self.torn = true;
+            self.walk(stage, &data, lr, &update[1..], None)?;
+            self.go_back(way)?;
+            return Ok(StepEnd::went_back(before.flags));
+        }
+        let rules = Rules {
+            limits: self.limits(),
+            flags: self.flags(),
+        };
+        // Where the host does not wait for the agreement, a stop in between leaves unknown state.
+        self.torn = self.runs_ahead;
+        let optimizer = self.walk(stage, &data, lr, update, Some(rules))?;
+        self.advance(stage, &data);
+        self.torn = false;
+        // The tensors and counters of this step are complete here, or will be when it is concluded.
+        self.watch.enter(number + 1);
+        let comm = self.zero.clock.take();
+        self.tracer
+            .leave(number, began, &comm, &mut self.zero, &mut stage.activations);
+        let taken = Taken {
+            number,
+            stage: stage.index,
+            tokens: self.progress.tokens,
+            samples: data.samples,
+            sample_count: data.count,
+            lr,
+            began,
+            data_wait: data.wait,
+            comm,
+            optimizer,
+        };
+        if self.runs_ahead && !before.flags.stop_requested && !self.pauses(stage) {
+            self.taken = Some(taken);
+            return Ok(StepEnd::of(before.flags));
+        }
+        let Conclusion { mut flags, answer } = self.conclude(&taken, &given_up)?;
+        flags.stop_requested |= before.flags.stop_requested;
+        if let Answer::GoBack(way) = answer {
+            self.go_back(way)?;
+            return Ok(StepEnd::went_back(flags));
+        }
+        Ok(StepEnd::of(flags))
+    }
+
+    /// Issues some of the actions of a step. Returns how long those of the optimizer took.
+    fn walk(
+        &mut self,
+        stage: &mut Stage<'a>,
+        data: &StepData,
+        lr: f64,
+        actions: &[Action],
+        rules: Option<Rules>,
+    ) -> Result<Duration, RunError> {
         let optimizer = &self.config.optimizer;
         let pass = Pass {
             batches: &data.batches,
@@ -219,7 +305,7 @@ impl<'a> Trainer<'a> {
             activations: &mut stage.activations,
             zero: &mut self.zero,
         };
-        let report = Step {
+        Step {
             pass,
             world: &self.ranks.world,
             control: &mut self.control,
@@ -230,36 +316,13 @@ impl<'a> Trainer<'a> {
                 eps: optimizer.eps,
                 weight_decay: optimizer.weight_decay,
             },
-            limits,
-            flags,
+            rules,
             stops: Some(&self.stops),
-            number,
+            number: self.progress.step + 1,
             watch: Some(self.watch),
             tracer: &mut self.tracer,
         }
-        .run(&stage.actions)?;
-        let agreement = self.control.read()?;
-        let verdict = agreement.verdict(&self.spikes);
-        self.hear(agreement.flags);
-        let busy = began.elapsed().saturating_sub(report.comm.exposed);
-        self.watch.done(busy.as_secs_f64());
-        self.advance(stage, &data, &agreement);
-        // The tensors and counters of this step are complete here.
-        self.watch.enter(number + 1);
-        let seconds = began.elapsed().as_secs_f64();
-        self.record(stage, &data, (&report, &agreement), lr, seconds)?;
-        let (zero, activations) = (&mut self.zero, &mut stage.activations);
-        self.tracer
-            .leave(number, began, &report.comm, zero, activations);
-        self.report_slow_ranks();
-        let went_back = match verdict {
-            Verdict::Update => false,
-            Verdict::Skip { cause } => self.answer_bad_step(&data, &agreement, cause)?,
-        };
-        Ok(StepEnd {
-            flags: agreement.flags,
-            went_back,
-        })
+        .run(actions)
     }
 
     /// What a step may not exceed. Where spikes have no consequences, that is nothing but the norm
@@ -276,8 +339,7 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// What this rank has to tell the others in the step's agreement, as far as it is known when
-    /// the step begins.
+    /// What this rank has to tell the others in the step's agreement.
     fn flags(&mut self) -> Flags {
         self.look_after_saves();
         Flags {
@@ -287,19 +349,8 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// Takes note of what the others have told.
-    fn hear(&mut self, flags: Flags) {
-        if flags.save_failed {
-            // A part will never come.
-            self.saver.give_up();
-        }
-        if flags.stop_requested {
-            tracing::info!("asked to stop after this step: {}", self.stop_reason());
-        }
-    }
-
-    /// Moves every counter behind the step. A skipped step counts for all but Adam.
-    fn advance(&mut self, stage: &Stage<'_>, data: &StepData, agreement: &Agreement) {
+    /// Moves the counters behind the step that do not depend on what it came to.
+    fn advance(&mut self, stage: &Stage<'_>, data: &StepData) {
         self.progress.step += 1;
         self.progress.step_in_stage += 1;
         self.progress.steps_of_last_stage = self.progress.step_in_stage;
@@ -311,13 +362,5 @@ impl<'a> Trainer<'a> {
         self.progress.samples = data.samples.end;
         self.progress.cursor = data.cursor.clone();
         self.progress.last_stage = Some(stage.mark());
-        let record = &agreement.record;
-        self.progress.adam_step = record.adam_steps;
-        if record.cause == Cause::Update {
-            self.bad_steps.applied();
-            if self.bad_steps.watches_spikes() {
-                self.spikes.accept(record.mean_loss, record.grad_norm);
-            }
-        }
     }
 }

@@ -12,7 +12,7 @@ use crate::model::{Activations, Batch, Decoder, describe};
 use crate::plan::{Action, Layout, ShardMap, StepShape, emit_opening, emit_step};
 use crate::run::control::{Agreement, Control, Flags};
 use crate::run::plan::kind;
-use crate::run::step::{Pass, Step};
+use crate::run::step::{Pass, Rules, Step};
 use crate::run::trace::Tracer;
 use crate::testing::counter_hash::{self, Scales};
 use crate::testing::tiny::Tensors;
@@ -153,6 +153,8 @@ impl Runner {
             eps: 1e-8,
             weight_decay: 0.1,
         };
+        self.control.begin_step().unwrap();
+        self.activations.loss.clear().unwrap();
         let pass = Pass {
             batches,
             decoder: &self.decoder,
@@ -165,8 +167,10 @@ impl Runner {
             world: &self.world,
             control: &mut self.control,
             adamw,
-            limits: Limits::clip(self.clip_norm),
-            flags: Flags::default(),
+            rules: Some(Rules {
+                limits: Limits::clip(self.clip_norm),
+                flags: Flags::default(),
+            }),
             stops: None,
             number: self.adam_step + 1,
             watch: None,
@@ -174,7 +178,7 @@ impl Runner {
         }
         .run(&self.actions)
         .unwrap();
-        let agreement = self.control.read().unwrap();
+        let agreement = self.control.read(&|| false).unwrap();
         self.adam_step = agreement.record.adam_steps;
         agreement
     }
