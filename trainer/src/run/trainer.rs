@@ -238,14 +238,15 @@ impl<'a> Trainer<'a> {
 
         let actions = Arc::clone(&stage.actions);
         let is_control = |action: &Action| *action == Action::Control;
-        let agreement = actions.iter().position(is_control).unwrap_or(actions.len());
-        let (gradient, update) = actions.split_at(agreement);
+        let at = actions.iter().position(is_control);
+        let at = at.ok_or(RunError::Defect("a step without an agreement"))?;
+        let (gradient, control, update) = (&actions[..at], &actions[at..=at], &actions[at + 1..]);
         self.walk(stage, &data, lr, gradient, None)?;
         let before = self.conclude_before(&given_up)?;
         if let Answer::GoBack(way) = before.answer {
             // A stop before the run has gone back leaves what is no state to go on from.
             self.torn = true;
-            self.walk(stage, &data, lr, &update[1..], None)?;
+            self.walk(stage, &data, lr, update, None)?;
             self.go_back(way)?;
             return Ok(StepEnd::went_back(before.flags));
         }
@@ -253,9 +254,10 @@ impl<'a> Trainer<'a> {
             limits: self.limits(),
             flags: self.flags(),
         };
-        // Where the host does not wait for the agreement, a stop in between leaves unknown state.
+        self.walk(stage, &data, lr, control, Some(rules))?;
+        // Nobody has waited for the agreement: a stop from here on leaves unknown state.
         self.torn = self.runs_ahead;
-        let optimizer = self.walk(stage, &data, lr, update, Some(rules))?;
+        let optimizer = self.walk(stage, &data, lr, update, None)?;
         self.advance(stage, &data);
         self.torn = false;
         // The tensors and counters of this step are complete here, or will be when it is concluded.

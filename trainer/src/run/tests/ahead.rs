@@ -53,8 +53,8 @@ fn config(folder: &Path, device: &str, more: &str) -> Config {
          [optimizer]\nlr = 1e-2\n\
          [validation]\nfraction = 0.1\nevery_steps = 9\nbatches = 1\n\
          [checkpoint]\nevery_steps = 7\n\
-         [[stage]]\nname = \"short\"\nseq_len = 16\nsteps = 12\nbatch_tokens = 64\nmicro_batch = 2\n\
-         [[stage]]\nname = \"long\"\nseq_len = 32\nsteps = 12\nbatch_tokens = 64\nmicro_batch = 1\n\
+         [[stage]]\nname = \"short\"\nseq_len = 16\nsteps = 24\nbatch_tokens = 64\nmicro_batch = 2\n\
+         [[stage]]\nname = \"long\"\nseq_len = 32\nsteps = 5\nbatch_tokens = 64\nmicro_batch = 1\n\
          {more}"
     );
     Config::from_text(&text, "test", folder, &[]).unwrap()
@@ -180,13 +180,13 @@ fn skipped(remains: &Remains) -> usize {
 #[test]
 fn two_stages_with_saves_and_validation() {
     let remains = the_same(Circumstances::default());
-    assert_eq!(remains.outcome, "Finished after step 24");
-    assert_eq!((remains.steps.len(), skipped(&remains)), (24, 0));
+    assert_eq!(remains.outcome, "Finished after step 29");
+    assert_eq!((remains.steps.len(), skipped(&remains)), (29, 0));
     let validations = remains
         .events
         .iter()
         .filter(|line| line.contains("validation"));
-    assert_eq!(validations.count(), 4);
+    assert_eq!(validations.count(), 5);
 }
 
 #[test]
@@ -216,8 +216,20 @@ fn bad_steps_are_skipped() {
         faults: "step::loss=3*off->2*return(nan)->10*off->1*return(nan)->off",
         ..Circumstances::default()
     });
-    assert_eq!(remains.outcome, "Finished after step 24");
-    assert_eq!((remains.steps.len(), skipped(&remains)), (24, 3));
+    assert_eq!(remains.outcome, "Finished after step 29");
+    assert_eq!((remains.steps.len(), skipped(&remains)), (29, 3));
+}
+
+#[cfg(feature = "faults")]
+#[test]
+fn a_spike_is_told_from_the_step_before() {
+    let remains = the_same(Circumstances {
+        more: "[guard]\nspike_policy = \"skip\"\nspike_window = 16\nspike_zscore = 3.0\n",
+        faults: "step::loss=19*off->1*return(spike:1.5)->off",
+        ..Circumstances::default()
+    });
+    assert_eq!(skipped(&remains), 1, "{:?}", remains.events);
+    assert!(remains.steps[19].contains("\"skipped\":true"));
 }
 
 #[cfg(feature = "faults")]
@@ -229,8 +241,8 @@ fn a_run_goes_back() {
         ..Circumstances::default()
     });
     // Steps 8 to 11 come twice.
-    assert_eq!(remains.outcome, "Finished after step 24");
-    assert_eq!((remains.steps.len(), skipped(&remains)), (28, 2));
+    assert_eq!(remains.outcome, "Finished after step 29");
+    assert_eq!((remains.steps.len(), skipped(&remains)), (33, 2));
     let rollbacks = remains
         .events
         .iter()
