@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 /// The files of the shim.
-const SHIM: [&str; 10] = [
+const SHIM: [&str; 11] = [
     "allocator",
     "attention",
     "device",
@@ -14,6 +14,7 @@ const SHIM: [&str; 10] = [
     "numerics",
     "product",
     "stream",
+    "transfer",
     "upload",
 ];
 

@@ -75,6 +75,9 @@ fn two_shard_groups_of_two_hold_and_send_what_the_formulas_say() {
     let workspace = workspace_bytes(&config);
     let without = 4 * 64 * (3 * hidden + 2 * block + shared) + workspace;
     let with = 4 * 64 * (3 * hidden + block + shared) + workspace;
+    // Norm, queries, keys and values, attention; the norm's statistic and one per head.
+    let branch = 64 + 128 + 64 + 1 + 4;
+    let between = 4 * 64 * (3 * hidden + 2 * (block - branch) + branch + shared) + workspace;
     expect(
         &found["stages"][0],
         &[
@@ -86,8 +89,10 @@ fn two_shard_groups_of_two_hold_and_send_what_the_formulas_say() {
             ("moments_bytes", json!(PADDED / 2 * 8)),
             ("buffers_bytes", json!(0)),
             ("activations_bytes", json!(without)),
-            ("activations_without_recompute_bytes", json!(without)),
-            ("activations_with_recompute_bytes", json!(with)),
+            (
+                "activations_by_recompute_bytes",
+                json!({"none": without, "attention": between, "full": with}),
+            ),
             ("reduce_bytes", json!(PADDED / 2 * 4)),
             ("gather_bytes", json!(PADDED / 2 * 4)),
             ("replicate_bytes", json!(PADDED / 2 * 4)),
@@ -117,7 +122,7 @@ fn a_cluster_gives_memory_and_times() {
     let cluster = fixture.text("cluster.toml");
     fs::write(
         &cluster,
-        "name = \"pair\"\nranks_per_node = 2\nmemory = \"64MiB\"\n\
+        "name = \"pair\"\ndevice = \"cpu\"\nranks_per_node = 2\nmemory = \"64MiB\"\n\
          bytes_per_second_in_node = 1e6\nbytes_per_second_between_nodes = 1e5\n",
     )
     .unwrap();
@@ -133,21 +138,70 @@ fn a_cluster_gives_memory_and_times() {
     let floor = 65_536.0 / 1e6 + 65_536.0 / 1e5;
     assert!((stage["floor_seconds"].as_f64().unwrap() - floor).abs() < 1e-9);
     // One sample is all that a rank has to compute in a step.
-    assert_eq!(stage["largest_micro_batch_without_recompute"], 1);
+    assert_eq!(stage["largest_micro_batch"]["none"], 1);
     assert_eq!(stage["fits"], true);
     let memory = beside_workspace(&config, 5 << 20);
     let direct = ["--set", "checkpoint.async=false", "--memory", &memory];
     let alone = json_of(&config, &[&["--cluster", &cluster], &direct[..]].concat());
     let stage = &alone["stages"][0];
-    let largest = |key: &str| stage[key].as_u64().unwrap();
-    let (without, with) = (
-        largest("largest_micro_batch_without_recompute"),
-        largest("largest_micro_batch_with_recompute"),
-    );
-    assert!(1 <= without && without <= with && with <= 4, "{stage}");
+    let largest = |recompute: &str| stage["largest_micro_batch"][recompute].as_u64().unwrap();
+    let [without, between, with] = ["none", "attention", "full"].map(largest);
+    assert!(1 <= without && without <= between, "{stage}");
+    assert!(between <= with && with <= 4, "{stage}");
     let set = format!("stage.0.micro_batch={without}");
     let fitting = json_of(&config, &[&direct[..], &["--set", &set]].concat());
     assert_eq!(fitting["stages"][0]["fits"], true);
+}
+
+/// A plan for GPUs needs none: what lies in host memory does not count against theirs.
+#[test]
+fn memory_of_the_gpu_and_of_the_host_are_told_apart() {
+    let fixture = Fixture::without_data();
+    let config = fixture.config(ONE_STAGE);
+    let cuda = ["--set", "run.device=cuda"];
+    let found = json_of(&config, &cuda);
+    assert_eq!(found["device"], "cuda");
+    let bytes = |found: &Value, key: &str| found["stages"][0][key].as_u64().unwrap();
+    let staging = bytes(&found, "staging_bytes");
+    assert_eq!(staging, PADDED as u64 * 12);
+    assert_eq!(bytes(&found, "host_bytes"), staging);
+    let whole = bytes(&found, "device_bytes");
+    assert_eq!(bytes(&found, "total_bytes"), whole + staging);
+
+    let offload = [&cuda[..], &["--set", "optimizer.offload=true"]].concat();
+    let moved = json_of(&config, &offload);
+    let optimizer = PADDED as u64 * 12;
+    assert_eq!(bytes(&moved, "host_bytes"), staging + optimizer);
+    // The largest slice passes at once, through two buffers: that of a block.
+    let passing = 2 * 46_336 * 12;
+    assert_eq!(bytes(&moved, "passing_bytes"), passing);
+    assert_eq!(bytes(&moved, "device_bytes"), whole - optimizer + passing);
+
+    // What fits is what fits on the GPU, and staging is not there.
+    let memory = whole.to_string();
+    let fitting = [&cuda[..], &["--memory", &memory]].concat();
+    assert_eq!(json_of(&config, &fitting)["stages"][0]["fits"], true);
+    let memory = (whole - 1).to_string();
+    let tight = [&cuda[..], &["--memory", &memory]].concat();
+    assert_eq!(json_of(&config, &tight)["stages"][0]["fits"], false);
+
+    let text = plan(&config, &offload).done().stdout;
+    let [gpu, host] =
+        ["GPU memory of a rank", "host memory of a rank"].map(|title| text.find(title).unwrap());
+    let moments = text.find("  moments").unwrap();
+    assert!(gpu < host && host < moments, "{text}");
+
+    // A cluster of GPUs is one for configs that leave the device open.
+    let cluster = fixture.text("cluster.toml");
+    fs::write(
+        &cluster,
+        "name = \"one\"\ndevice = \"cuda\"\nranks_per_node = 1\nmemory = \"64GiB\"\n\
+         bytes_per_second_in_node = 1e6\nbytes_per_second_between_nodes = 1e5\n",
+    )
+    .unwrap();
+    assert_eq!(json_of(&config, &["--cluster", &cluster])["device"], "cuda");
+    let processor = ["--cluster", &cluster, "--set", "run.device=cpu"];
+    assert_eq!(json_of(&config, &processor)["device"], "cpu");
 }
 
 #[test]

@@ -10,7 +10,7 @@ use tch::Device;
 use tokenizers::Tokenizer;
 
 use crate::checkpoint::{self, Checkpoint};
-use crate::config::{Dtype, DtypeChoice, Family, ModelConfig, Patterns};
+use crate::config::{Dtype, DtypeChoice, Family, ModelConfig, Patterns, Recompute};
 use crate::convert::{HfFolder, LlamaConfig};
 use crate::model::{Activations, Batch, Decoder, ModelError, describe};
 use crate::zero::{Zero, ZeroError};
@@ -215,7 +215,9 @@ impl Generator {
             .as_ref()
             .is_none_or(|(held, ..)| *held != length)
         {
-            let activations = self.decoder.activations(length, true, Device::Cpu)?;
+            let activations = self
+                .decoder
+                .activations(length, Recompute::Full, Device::Cpu)?;
             let rope = RopeTable::new(self.rope_base, self.head_dim, length, Device::Cpu)?;
             self.buffers = Some((length, activations, rope));
         }

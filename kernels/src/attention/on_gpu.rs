@@ -6,10 +6,10 @@
 use tch::{Kind, Tensor};
 
 use super::{Gradients, Inputs, Shape};
-use crate::Error;
 use crate::cuda::{self, Device, Gpu, Pointers, float};
 use crate::error::torch;
 use crate::shim::{Attention, AttentionKernel};
+use crate::{Error, WorkspacePlan};
 
 /// The kernel for heads of `d` elements in `kind`, `dense` or packed.
 ///
@@ -35,6 +35,47 @@ fn kernel(
 pub(super) fn names(kind: Kind, d: usize, device: &Device) -> [&'static str; 2] {
     let deterministic = cuda::is_deterministic();
     [true, false].map(|dense| kernel(kind, d, dense, device, deterministic).name())
+}
+
+/// Name of what libtorch's kernels allocate.
+const TEMPORARIES: &str = "attention.temporaries";
+
+/// Tokens of a document, as far as a plan can know: flash attention's backward pass pads each
+/// document, in fp32.
+const DOCUMENT: usize = 512;
+
+/// Rows by which it pads one.
+const PADDING: usize = 128;
+
+/// Notes what libtorch's kernels allocate at once while they run, of which nothing stays. The
+/// backward pass needs most: its results before they are copied to where they belong, a gradient of
+/// the queries in fp32 (once; as often as the GPU has room for in a deterministic run), and with
+/// grouped queries gradients of keys and values for every query head. fp32 goes to the
+/// memory-efficient kernels, which keep a number per document, head and row of the longest
+/// document: that follows the documents, and is counted as if all were as long as the longest.
+/// cuDNN does not say what it needs and is taken to need what flash attention does.
+pub(super) fn plan(
+    workspace: &mut WorkspacePlan,
+    kind: Kind,
+    tokens: usize,
+    [nq, nkv, d]: [usize; 3],
+) {
+    const FP32: usize = 4;
+    let width = kind.elt_size_in_bytes();
+    let (queries, keys) = (tokens * nq * d * width, tokens * nkv * d * width);
+    let statistics = tokens * nq * FP32;
+    let results = queries + 2 * keys;
+    let every_head = if nq == nkv { 0 } else { 2 * queries };
+    let bytes = if kind == Kind::BFloat16 && d.is_multiple_of(8) {
+        let padded = tokens + tokens.div_ceil(DOCUMENT) * PADDING;
+        let sums = padded * nq * (d.next_multiple_of(32) + 1) * FP32;
+        results + every_head + sums
+    } else {
+        // The forward pass once more, keys and values for every head, and their gradients.
+        let forward = queries + statistics + every_head;
+        forward + results + every_head + statistics
+    };
+    workspace.take(TEMPORARIES, &[bytes], Kind::Uint8);
 }
 
 /// A call, in the layout that its documents ask for.

@@ -225,6 +225,29 @@ impl Device {
         self.ordinal
     }
 
+    /// Locks the pages of host memory, for copies that run by themselves.
+    ///
+    /// # Safety
+    /// The memory is there until [`Device::unlock_pages`].
+    pub(super) unsafe fn lock_pages(&self, at: *mut c_void, bytes: usize) -> Result<(), Error> {
+        const CALL: &str = "cuMemHostRegister";
+        self.context.bind()?;
+        // SAFETY: the caller's promise.
+        let locked = unsafe { sys::cuMemHostRegister_v2(at, bytes, 0) };
+        locked.result().map_err(driver(CALL))
+    }
+
+    /// Undoes [`Device::lock_pages`].
+    ///
+    /// # Safety
+    /// The memory begins where it was locked, and no copy to or from it is under way.
+    pub(super) unsafe fn unlock_pages(&self, at: *mut c_void) -> Result<(), Error> {
+        self.context.bind()?;
+        // SAFETY: the caller's promise.
+        let unlocked = unsafe { sys::cuMemHostUnregister(at) };
+        unlocked.result().map_err(driver("cuMemHostUnregister"))
+    }
+
     /// Whether it is of compute capability 9.0 or above.
     pub(crate) fn is_hopper_or_newer(&self) -> bool {
         self.architecture.major >= 9

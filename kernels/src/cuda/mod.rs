@@ -10,6 +10,8 @@
 //! * `grid` is the arithmetic of launch shapes, `arguments` what a kernel is called with.
 //! * [`Stream`], [`Event`], [`DeviceMemory`], [`Numerics`] and [`HostWaits`] reach what libtorch
 //!   has for GPUs and tch does not; [`upload`] and [`Download`] copy without waiting.
+//! * [`Relay`] works on host memory a portion at a time, with copies beside the kernels;
+//!   [`PageLock`] makes that memory fit for them.
 //! * `device` launches, on libtorch's current stream: kernels and libtorch's own work run in the
 //!   order in which they were issued, and no launch waits for one before it.
 //! * `emulator` runs the same texts on the CPU, for tests: compiled as C++, each thread of a
@@ -29,6 +31,7 @@ mod memory;
 mod settings;
 pub(crate) mod source;
 mod stream;
+mod transfer;
 
 use tch::Tensor;
 
@@ -48,6 +51,7 @@ pub(crate) use settings::is_deterministic;
 pub use settings::{HostWaits, Numerics};
 pub(crate) use source::Kernel;
 pub use stream::{Event, Stream};
+pub use transfer::{PageLock, Relay, Way};
 
 /// Where kernels run.
 #[derive(Clone, Debug)]

@@ -82,6 +82,13 @@ fn multiply(
             // libtorch multiplies bf16 into fp32 on GPUs alone: here the factors are widened.
             let wide = |x: &Tensor| x.f_to_kind(Kind::Float);
             let mut product = || {
+                if [&*out, a, b].iter().all(|x| x.kind() == Kind::Float) {
+                    // As on a GPU, nothing is allocated.
+                    return match sum {
+                        Sum::Replace => a.f_mm_out(out, b).map(drop),
+                        Sum::Add => out.f_addmm_(a, b).map(drop),
+                    };
+                }
                 let product = wide(a)?.f_mm(&wide(b)?)?;
                 match sum {
                     Sum::Replace => out.f_copy_(&product),

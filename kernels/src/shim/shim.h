@@ -115,7 +115,13 @@ char *oxitron_device_memory_release();
 // Bytes that the driver has left, for every process together, and bytes that the GPU has.
 char *oxitron_device_memory_total(int32_t device, uint64_t *left, uint64_t *total);
 
-// ---- copies from the host ------------------------------------------------------------------------
+// ---- copies -------------------------------------------------------------------------------------
+
+// to = from, two contiguous tensors of one shape and dtype. Between page-locked host memory and a
+// GPU the copy goes into the GPU's current stream of this thread and the host does not wait: it
+// leaves both tensors as they are until that stream has come so far. Pageable memory is copied at
+// once or staged by the driver. On the CPU the copy is done on return.
+char *oxitron_copy(at::Tensor *to, const at::Tensor *from);
 
 // A copy of the CPU tensor `host` on a GPU, made by the current stream. `host` is not needed any
 // more when the call returns, and the host does not wait for what the GPU is doing.

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use oxitron_trainer::config::{ConfigError, Problem};
+use oxitron_trainer::config::{ConfigError, Device, Problem};
 use serde::Deserialize;
 
 use super::size;
@@ -13,9 +13,12 @@ use super::size;
 pub struct Cluster {
     /// What the output calls it.
     pub name: String,
+    /// What ranks compute on, where the config leaves it open; in the file `"cpu"` or `"cuda"`.
+    pub device: Device,
     /// Ranks that share a node.
     pub ranks_per_node: usize,
-    /// Bytes that a rank can use; in the file a size such as `"80GiB"`.
+    /// Bytes that a rank can use, of a GPU where it computes on one; in the file a size such as
+    /// `"80GiB"`.
     #[serde(deserialize_with = "memory")]
     pub memory: u64,
     /// Bytes per second that a rank sends to others of its node.
@@ -45,8 +48,8 @@ impl Cluster {
         let text = std::fs::read_to_string(path)
             .map_err(|error| refused(error.to_string(), "name a TOML file that can be read"))?;
         let cluster: Self = toml::from_str(&text).map_err(|error| {
-            let help = "all keys are name, ranks_per_node, memory, bytes_per_second_in_node and \
-                        bytes_per_second_between_nodes; configs/clusters has examples";
+            let help = "all keys are name, device, ranks_per_node, memory, bytes_per_second_in_node \
+                        and bytes_per_second_between_nodes; configs/clusters has examples";
             refused(error.to_string().trim_end().to_owned(), help)
         })?;
         if cluster.ranks_per_node == 0 {
@@ -75,7 +78,7 @@ mod tests {
 
     use super::*;
 
-    const TEXT: &str = "name = \"two\"\nranks_per_node = 2\nmemory = \"4GiB\"\n\
+    const TEXT: &str = "name = \"two\"\ndevice = \"cpu\"\nranks_per_node = 2\nmemory = \"4GiB\"\n\
                         bytes_per_second_in_node = 2e9\nbytes_per_second_between_nodes = 1e8\n";
 
     fn read(text: &str) -> Result<Cluster, String> {
@@ -100,6 +103,7 @@ mod tests {
             ("switches = 1", "unknown field `switches`"),
             ("ranks_per_node = 0", "`ranks_per_node` is 0"),
             ("memory = \"4G\"", "`4G` is no size of memory"),
+            ("device = \"gpu\"", "unknown variant `gpu`"),
             (
                 "bytes_per_second_in_node = 0.0",
                 "`bytes_per_second_in_node` is 0",

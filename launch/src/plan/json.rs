@@ -4,7 +4,9 @@ use oxitron_trainer::plan::{Action, Mesh};
 use serde_json::{Map, Value, json};
 
 use super::actions::{self, Line};
-use super::{Largest, Report, Stage, dtype_name};
+use oxitron_trainer::config::Recompute;
+
+use super::{Report, Stage, dtype_name};
 
 /// Everything that is printed for people, and nothing else.
 pub fn describe(report: &Report) -> Value {
@@ -28,6 +30,7 @@ pub fn describe(report: &Report) -> Value {
         "first_shard_group": mesh.shard_group(0),
         "replica_groups": mesh.shard,
         "first_replica_group": mesh.replica_group(0),
+        "device": if report.on_gpu() { "cuda" } else { "cpu" },
         "cluster": report.cluster.as_ref().map(|cluster| &cluster.name),
         "memory_bytes": report.memory,
         "floor_bytes": report.stages.first().map(|stage| stage.figures.traffic.floor()),
@@ -66,21 +69,25 @@ fn stage(report: &Report, index: usize) -> Value {
         "micro_batch": figures.micro_batch,
         "micro_batch_tokens": figures.micro_batch * config.seq_len,
         "accumulation": figures.accumulation,
-        "recompute": report.plan.shapes[index].recompute,
+        "recompute": report.plan.shapes[index].recompute.name(),
         "weights_bytes": state.weights,
         "gradients_bytes": state.gradients,
         "master_bytes": state.master,
         "moments_bytes": state.moments,
         "buffers_bytes": state.buffers,
+        "passing_bytes": state.passing,
         "state_bytes": state.total(),
         "staging_bytes": figures.staging,
         "inputs_bytes": figures.inputs,
+        "libraries_bytes": figures.libraries,
         "activations_bytes": activations.total(),
         "activations_kept_bytes": activations.kept,
         "activations_shared_bytes": activations.shared,
         "activations_workspace_bytes": activations.workspace,
-        "activations_without_recompute_bytes": figures.without_recompute.total(),
-        "activations_with_recompute_bytes": figures.with_recompute.total(),
+        "activations_by_recompute_bytes":
+            by_recompute(|index| figures.alternatives[index].total().into()),
+        "device_bytes": figures.device(),
+        "host_bytes": figures.host(),
         "total_bytes": figures.total(),
         "fits": report.fits(stage),
         "reduce_bytes": traffic.reduce,
@@ -94,18 +101,21 @@ fn stage(report: &Report, index: usize) -> Value {
         "floor_seconds": seconds.map(|seconds| seconds.floor),
         "action_counts": counts(report, &actions),
     });
-    if let Some(Largest {
-        without_recompute,
-        with_recompute,
-    }) = stage.largest
-    {
-        object["largest_micro_batch_without_recompute"] = json!(without_recompute.unwrap_or(0));
-        object["largest_micro_batch_with_recompute"] = json!(with_recompute.unwrap_or(0));
+    if let Some(largest) = stage.largest {
+        object["largest_micro_batch"] = by_recompute(|index| largest[index].unwrap_or(0).into());
     }
     if report.list_actions {
         object["actions"] = list(report, &actions);
     }
     object
+}
+
+/// A value for each setting of `recompute`, by its position.
+fn by_recompute(value: impl Fn(usize) -> Value) -> Value {
+    let entry =
+        |(index, recompute): (usize, Recompute)| (recompute.name().to_owned(), value(index));
+    let entries = Recompute::ALL.into_iter().enumerate();
+    Value::Object(entries.map(entry).collect())
 }
 
 fn lines(report: &Report, actions: &[Action]) -> Vec<Line> {

@@ -16,7 +16,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use anyhow::Result;
-use oxitron_trainer::config::{Config, Dtype};
+use oxitron_trainer::config::{Config, Device, Dtype, Recompute};
 use oxitron_trainer::plan::Mesh;
 use oxitron_trainer::run::{
     RunPlan, StageFigures, check_memory, dtype_of_this_machine, set_threads,
@@ -75,17 +75,11 @@ struct Report {
 /// A stage of context.
 struct Stage {
     figures: StageFigures,
-    /// Where the memory of a rank is known: the largest micro-batch in it.
-    largest: Option<Largest>,
+    /// Where the memory of a rank is known: the largest micro-batch in it with each setting of
+    /// `recompute`, in the order of [`Recompute::ALL`]; `None` when not even one sample fits.
+    largest: Option<[Option<usize>; Recompute::ALL.len()]>,
     /// Where bandwidths are known.
     seconds: Option<Seconds>,
-}
-
-/// The largest micro-batches that fit; `None` when not even one sample does.
-#[derive(Clone, Copy)]
-struct Largest {
-    without_recompute: Option<usize>,
-    with_recompute: Option<usize>,
 }
 
 /// How long the lanes of a rank move the bytes of a step.
@@ -116,8 +110,11 @@ pub fn run(args: &PlanArgs) -> Result<()> {
 
 impl Report {
     fn new(args: &PlanArgs) -> Result<Self> {
-        let config = Config::load(&args.config, &args.sets)?;
+        let mut config = Config::load(&args.config, &args.sets)?;
         let cluster = args.cluster.as_deref().map(Cluster::read).transpose()?;
+        if let (Device::Auto, Some(cluster)) = (config.run.device, &cluster) {
+            config.run.device = cluster.device;
+        }
         let ranks = args.ranks as usize;
         let per_node = args.ranks_per_node.map(|ranks| ranks as usize);
         let per_node = per_node.or(cluster.as_ref().map(|cluster| cluster.ranks_per_node));
@@ -128,7 +125,11 @@ impl Report {
         let memory = memory.map(|bytes| bytes as usize);
 
         let mut dtype_reason = None;
+        let on_gpu = config.run.device == Device::Cuda;
         let dtype = config.model.dtype.resolve(|| {
+            if on_gpu {
+                return Dtype::Bf16;
+            }
             let (dtype, reason) = dtype_of_this_machine();
             dtype_reason = Some(reason);
             dtype
@@ -141,14 +142,13 @@ impl Report {
         let stages = (0..config.stages.len())
             .map(|index| {
                 let figures = plan.figures(&config, index, dtype);
-                let largest = |memory: usize, recompute: bool| {
-                    plan.largest_micro_batch(&config, index, dtype, memory, recompute)
+                let largest = |memory: usize| {
+                    Recompute::ALL.map(|recompute| {
+                        plan.largest_micro_batch(&config, index, dtype, memory, recompute)
+                    })
                 };
                 Stage {
-                    largest: memory.map(|memory| Largest {
-                        without_recompute: largest(memory, false),
-                        with_recompute: largest(memory, true),
-                    }),
+                    largest: memory.map(largest),
                     seconds: cluster.as_ref().map(|cluster| {
                         Seconds::new(&figures, cluster, &plan.layout.mesh, ranks_per_node)
                     }),
@@ -172,7 +172,12 @@ impl Report {
 
     /// Whether a stage fits as it is configured; `None` when the memory of a rank is not known.
     fn fits(&self, stage: &Stage) -> Option<bool> {
-        self.memory.map(|memory| stage.figures.total() <= memory)
+        self.memory.map(|memory| stage.figures.device() <= memory)
+    }
+
+    /// Whether ranks compute on GPUs.
+    fn on_gpu(&self) -> bool {
+        self.config.run.device == Device::Cuda
     }
 }
 

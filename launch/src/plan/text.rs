@@ -1,12 +1,13 @@
 //! A plan for people: who, how much memory, how many bytes, in which order.
 
+use oxitron_trainer::config::Recompute;
 use oxitron_trainer::metrics::units::{bytes, grouped};
 use oxitron_trainer::metrics::{Align, Table};
 use oxitron_trainer::plan::{Action, Holding};
 
 use super::actions::{self, Line};
 use super::summary::summary;
-use super::{Largest, Report, Seconds, Stage, dtype_name};
+use super::{Report, Seconds, Stage, dtype_name};
 
 /// The whole plan as lines.
 pub fn describe(report: &Report) -> String {
@@ -61,7 +62,12 @@ fn head(report: &Report) -> String {
         dtype_name(config.model.residual_dtype),
     );
     text += &format!(
-        "ranks     {ranks}, {} per node; zero_stage {}, overlap {}, prefetch_units {}\n",
+        "ranks     {ranks} on {}, {} per node; zero_stage {}, overlap {}, prefetch_units {}\n",
+        if report.on_gpu() {
+            "GPUs"
+        } else {
+            "processors"
+        },
         report.ranks_per_node,
         parallel.zero_stage,
         if parallel.overlap { "on" } else { "off" },
@@ -134,7 +140,13 @@ fn figures(report: &Report) -> Table {
 
     let formulas = Formulas::new(report);
     row("", "", &|_| String::new());
-    row("memory of a rank", "", &|_| String::new());
+    let offloaded = stages.iter().any(|stage| stage.figures.state.passing > 0);
+    let place = if report.on_gpu() {
+        "GPU memory of a rank"
+    } else {
+        "memory of a rank"
+    };
+    row(place, "", &|_| String::new());
     row(
         "  weights",
         &formulas.weights,
@@ -145,67 +157,88 @@ fn figures(report: &Report) -> Table {
         &formulas.gradients,
         &size(|stage| stage.figures.state.gradients),
     );
-    row(
-        "  master weights",
-        &formulas.master,
-        &size(|stage| stage.figures.state.master),
-    );
-    row(
-        "  moments",
-        &formulas.moments,
-        &size(|stage| stage.figures.state.moments),
-    );
+    let optimizer = |row: &mut Row<'_>| {
+        row(
+            "  master weights",
+            &formulas.master,
+            &size(|stage| stage.figures.state.master),
+        );
+        row(
+            "  moments",
+            &formulas.moments,
+            &size(|stage| stage.figures.state.moments),
+        );
+    };
+    let staging = |row: &mut Row<'_>| {
+        row(
+            "  staging",
+            "saves, in the background",
+            &size(|stage| stage.figures.staging),
+        );
+    };
+    if !offloaded {
+        optimizer(&mut row);
+    }
     row(
         "  buffers",
         "units held for a while",
         &size(|stage| stage.figures.state.buffers),
     );
-    row(
-        "  staging",
-        "saves, in the background",
-        &size(|stage| stage.figures.staging),
-    );
+    if offloaded {
+        row(
+            "  buffers",
+            "state that passes through",
+            &size(|stage| stage.figures.state.passing),
+        );
+    }
+    if !report.on_gpu() {
+        staging(&mut row);
+    }
     row("  tokens, RoPE", "", &size(|stage| stage.figures.inputs));
-    let recompute = |index: usize| report.plan.shapes[index].recompute;
-    let how = if recompute(0) {
-        "recompute full"
-    } else {
-        "recompute none"
-    };
+    if report.on_gpu() {
+        row("  cuBLAS", "", &size(|stage| stage.figures.libraries));
+    }
+    let how = |recompute: Recompute| format!("recompute {recompute}");
+    let chosen = report.config.parallel.recompute;
     row(
         "  activations",
-        how,
+        &how(chosen),
         &size(|stage| stage.figures.activations.total()),
     );
-    row("  together", "", &size(|stage| stage.figures.total()));
-    let (other, how): (fn(&Stage) -> usize, _) = if recompute(0) {
-        (
-            |stage| stage.figures.without_recompute.total(),
-            "recompute none",
-        )
-    } else {
-        (
-            |stage| stage.figures.with_recompute.total(),
-            "recompute full",
-        )
-    };
-    row("  (activations)", how, &size(other));
+    row("  together", "", &size(|stage| stage.figures.device()));
+    for (which, other) in Recompute::ALL.into_iter().enumerate() {
+        if other != chosen {
+            row("  (activations)", &how(other), &|i| {
+                bytes(stages[i].figures.alternatives[which].total() as u64)
+            });
+        }
+    }
     if let Some(memory) = report.memory {
         let memory = format!("in {}", bytes(memory as u64));
         row("  fits", &memory, &|i| match report.fits(&stages[i]) {
             Some(false) => "NO".to_owned(),
             _ => "yes".to_owned(),
         });
-        let largest = |i: usize, of: fn(Largest) -> Option<usize>| {
-            let fitting = stages[i].largest.and_then(of);
-            fitting.map_or("none".to_owned(), |samples| grouped(samples as u64))
-        };
-        row("  largest micro-batch", "recompute none", &|i| {
-            largest(i, |largest| largest.without_recompute)
-        });
-        row("", "recompute full", &|i| {
-            largest(i, |largest| largest.with_recompute)
-        });
+        for (which, recompute) in Recompute::ALL.into_iter().enumerate() {
+            let name = if which == 0 {
+                "  largest micro-batch"
+            } else {
+                ""
+            };
+            row(name, &how(recompute), &|i| {
+                let fitting = stages[i].largest.and_then(|largest| largest[which]);
+                fitting.map_or("none".to_owned(), |samples| grouped(samples as u64))
+            });
+        }
+    }
+    if report.on_gpu() {
+        row("", "", &|_| String::new());
+        row("host memory of a rank", "", &|_| String::new());
+        if offloaded {
+            optimizer(&mut row);
+        }
+        staging(&mut row);
+        row("  together", "", &size(|stage| stage.figures.host()));
     }
 
     row("", "", &|_| String::new());
@@ -254,6 +287,9 @@ fn figures(report: &Report) -> Table {
     }
     table
 }
+
+/// Adds a row: what, where it comes from, and a cell for each stage.
+type Row<'a> = dyn FnMut(&str, &str, &dyn Fn(usize) -> String) + 'a;
 
 /// Where the larger figures come from: P parameters, a micro-batches per step.
 struct Formulas {
@@ -333,12 +369,18 @@ fn notes(report: &Report) -> String {
             grouped(frozen as u64)
         );
     }
-    text += "\nNot counted: the program and its libraries, the lanes' chunks under way.\n";
+    text += if report.on_gpu() {
+        "\nNot counted: the context of CUDA and its libraries' code (about half a GiB), NCCL's \
+         buffers, what\nthe allocator keeps beside tensors (segments of 2 and 20 MiB; see Memory in \
+         the book).\n"
+    } else {
+        "\nNot counted: the program and its libraries, the lanes' chunks under way.\n"
+    };
     for (stage, config) in report.stages.iter().zip(&report.config.stages) {
         if report.fits(stage) == Some(false) {
             text += &format!(
                 "Stage \"{}\" does not fit as it is configured: lower its micro_batch or set \
-                 recompute = \"full\".\n",
+                 recompute = \"attention\" or \"full\".\n",
                 config.name
             );
         }

@@ -52,6 +52,7 @@ const FREE: &[&str] = &[
     "data.source.weight",
     "validation.every_steps",
     "optimizer.lr",
+    "optimizer.offload",
     "optimizer.warmup_steps",
     "optimizer.schedule",
     "optimizer.min_lr_ratio",

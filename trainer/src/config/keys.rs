@@ -131,8 +131,9 @@ pub(super) const PARALLEL: &[Key] = &[
         "Stages 2 and 3: layers ahead of the one that computes whose weights are being gathered (3), \
          and units behind it whose gradients may still be on their way (2 and 3). More hides a \
          slower network; each costs the memory of a unit."),
-    key("recompute", Choice(&["none", "full"]), Is("\"none\""), "",
-        "`full` keeps only the input of each block and computes the rest again in backward."),
+    key("recompute", Choice(&["none", "attention", "full"]), Is("\"none\""), "",
+        "What backward computes again instead of keeping it: `attention` the attention branch of \
+         each block, `full` all of a block from its input. See [Memory](memory.md#recomputation)."),
 ];
 
 /// `[data]`
@@ -194,6 +195,10 @@ pub(super) const OPTIMIZER: &[Key] = &[
         "Number format in which the moments are kept. bf16 saves 4 bytes per parameter; they are \
          computed in fp32 and rounded to nearest when stored, so `betas` must not be greater than \
          0.99609375 (a slower decay would be lost in rounding)."),
+    key("offload", Boolean, Is("false"), "",
+        "Master weights and moments lie in page-locked host memory and pass through the GPU when they \
+         are updated: 12 bytes per parameter less on the GPU, the same bits, a slower update. Only with \
+         `device = \"cuda\"`. See [Memory](memory.md#optimizer-state-in-host-memory)."),
     key("clip_norm", Number(NotNegative), Is("1.0"), "",
         "Gradients are scaled down to this global norm; 0 turns clipping off."),
     key("warmup_steps", STEPS, Is("0"), "steps", "Linear warm-up at the start of a stage."),

@@ -21,6 +21,8 @@ pub struct OptimizerConfig {
     pub no_decay: Patterns,
     /// Number format in which the moments are kept; they are computed in fp32.
     pub moments_dtype: Dtype,
+    /// Whether master weights and moments lie in host memory, where a GPU computes.
+    pub offload: bool,
     /// Greatest global gradient norm; 0 turns clipping off (see [`OptimizerConfig::clip`]).
     pub clip_norm: f64,
     /// Linear warm-up of the stages that do not set their own, in steps.

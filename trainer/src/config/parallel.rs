@@ -92,6 +92,28 @@ impl ShardSize {
 pub enum Recompute {
     /// Nothing.
     None,
-    /// A whole block from its input.
+    /// Of each block, the attention branch up to the sum with the residual stream.
+    Attention,
+    /// Of each block, everything but its input.
     Full,
+}
+
+impl Recompute {
+    /// From the most memory to the least.
+    pub const ALL: [Self; 3] = [Self::None, Self::Attention, Self::Full];
+
+    /// The value of `parallel.recompute`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Attention => "attention",
+            Self::Full => "full",
+        }
+    }
+}
+
+impl std::fmt::Display for Recompute {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
 }

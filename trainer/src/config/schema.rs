@@ -330,6 +330,14 @@ impl Check<'_> {
             Value::Float(number) if expected.contains("whole") && number.fract() == 0.0 => {
                 format!("write it without a point or exponent: `{key} = {number}`")
             }
+            // Whoever asks whether means one of several ways.
+            Value::Boolean(on) if expected.contains("\"none\"") => {
+                let ways = expected.replace("\"none\", ", "");
+                match on {
+                    false => format!("write `{key} = \"none\"`"),
+                    true => format!("write which: `{key}` is {ways}"),
+                }
+            }
             Value::Integer(_) | Value::Float(_) | Value::Boolean(_)
                 if expected.contains("string") =>
             {

@@ -8,7 +8,7 @@ use super::error::{ConfigError, Problem, refuse_if_any};
 use super::guard::SampleRange;
 use super::model::Dtype;
 use super::root::Config;
-use super::run::TraceSteps;
+use super::run::{Device, TraceSteps};
 use super::source::Sources;
 use super::stage::StageConfig;
 use super::tree::Node;
@@ -23,6 +23,7 @@ pub(super) fn validate(config: &Config, tree: &Node, sources: &Sources) -> Resul
     check.heads(config);
     check.trace(config);
     check.moments(config);
+    check.offload(config);
     check.saves(config);
     check.skipped_samples(config);
     check.names(
@@ -124,6 +125,23 @@ impl Check<'_> {
         );
         let help = "use smaller betas such as [0.9, 0.95], or `moments_dtype = \"fp32\"`";
         let paths = ["optimizer.betas", "optimizer.moments_dtype"];
+        self.problem(&paths, message, help.to_owned());
+    }
+
+    fn offload(&mut self, config: &Config) {
+        if !config.optimizer.offload || config.run.device == Device::Cuda {
+            return;
+        }
+        let device = match config.run.device {
+            Device::Auto => "\"auto\", which is the processor",
+            _ => "\"cpu\"",
+        };
+        let message = format!(
+            "`optimizer.offload` is true with `run.device` {device}: it computes in host memory \
+             already, and there is no other to move the optimizer's state to"
+        );
+        let help = "remove `offload`, or set `device = \"cuda\"`";
+        let paths = ["optimizer.offload", "run.device"];
         self.problem(&paths, message, help.to_owned());
     }
 

@@ -8,9 +8,11 @@
 //! - Attention costs `6·L·n_q·d·len²` per document of `len` positions: `12·L·n_q·d` for each pair
 //!   of positions forward and backward, and half of the pairs under a causal mask. **True document
 //!   lengths** count, not the sequence length: work that a document mask spares is not claimed.
-//! - MFU divides this by what the ranks could do at their stated peak. HFU adds the forward of the
-//!   blocks when activations are recomputed. What flash attention recomputes inside its own
-//!   backward counts in neither.
+//! - MFU divides this by what the ranks could do at their stated peak. HFU adds what blocks compute
+//!   again in the backward pass. What flash attention recomputes inside its own backward counts in
+//!   neither.
+
+use crate::config::Recompute;
 
 /// The convention in words, for logs and reports.
 pub const CONVENTION: &str =
@@ -47,9 +49,8 @@ pub struct StepFlops {
 impl DecoderShape {
     /// Weights of one block that enter a matrix product: q, k, v, output, gate, up and down.
     fn block_weights(&self) -> u64 {
-        let qkv = self.hidden * self.head_dim * (self.heads + 2 * self.kv_heads);
         let output = self.heads * self.head_dim * self.hidden;
-        qkv + output + 3 * self.hidden * self.intermediate
+        self.qkv_weights() + output + 3 * self.hidden * self.intermediate
     }
 
     /// `N_mm`: weights that enter a matrix product for every position.
@@ -58,21 +59,34 @@ impl DecoderShape {
     }
 
     /// FLOPs of a step over `positions` positions whose documents have `squared_lengths` as the
-    /// sum of their squared lengths. `recompute` tells whether every block's forward runs twice.
-    pub fn step(&self, positions: u64, squared_lengths: u64, recompute: bool) -> StepFlops {
+    /// sum of their squared lengths, with what blocks compute again.
+    pub fn step(&self, positions: u64, squared_lengths: u64, recompute: Recompute) -> StepFlops {
         let positions = positions as f64;
         let pairs = (self.layers * self.heads * self.head_dim) as f64 * squared_lengths as f64;
         let model = 6.0 * self.matmul_weights() as f64 * positions + 6.0 * pairs;
-        let blocks_forward =
-            2.0 * (self.layers * self.block_weights()) as f64 * positions + 2.0 * pairs;
         StepFlops {
             model,
-            hardware: if recompute {
-                model + blocks_forward
-            } else {
-                model
-            },
+            hardware: model + self.recomputed(positions, squared_lengths as f64, recompute),
         }
+    }
+
+    /// What blocks compute again, the last one excepted, whose values are all there when its
+    /// backward begins: for `attention` the projections to query, key and value, and attention; for
+    /// `full` also the attention's output, and gate and up. The product behind them, down, only
+    /// makes what the next block has as its input.
+    fn recomputed(&self, positions: f64, squared_lengths: f64, recompute: Recompute) -> f64 {
+        let weights = match recompute {
+            Recompute::None => return 0.0,
+            Recompute::Attention => self.qkv_weights(),
+            Recompute::Full => self.block_weights() - self.hidden * self.intermediate,
+        };
+        let pairs = (self.heads * self.head_dim) as f64 * squared_lengths;
+        let block = 2.0 * weights as f64 * positions + 2.0 * pairs;
+        self.layers.saturating_sub(1) as f64 * block
+    }
+
+    fn qkv_weights(&self) -> u64 {
+        self.hidden * self.head_dim * (self.heads + 2 * self.kv_heads)
     }
 }
 
@@ -134,7 +148,7 @@ mod tests {
         for (shape, products, causal) in [(INTERNLM2_1_8B, 10.20, 11.40), (LLAMA3_8B, 45.03, 48.25)]
         {
             assert!((6e-9 * shape.matmul_weights() as f64 - products).abs() < 0.005);
-            let step = shape.step(4096, 4096 * 4096, false);
+            let step = shape.step(4096, 4096 * 4096, Recompute::None);
             assert!(
                 (step.model / 4096.0 / 1e9 - causal).abs() < 0.01,
                 "{step:?}"
@@ -145,19 +159,25 @@ mod tests {
 
     #[test]
     fn attention_is_counted_by_document() {
-        let whole = LLAMA3_8B.step(4096, 4096 * 4096, false).model;
-        let halves = LLAMA3_8B.step(4096, 2 * 2048 * 2048, false).model;
+        let whole = LLAMA3_8B.step(4096, 4096 * 4096, Recompute::None).model;
+        let halves = LLAMA3_8B.step(4096, 2 * 2048 * 2048, Recompute::None).model;
         let attention = 6.0 * (32 * 32 * 128) as f64 * (4096.0 * 4096.0 - 2.0 * 2048.0 * 2048.0);
         assert_eq!(whole - halves, attention);
     }
 
     #[test]
-    fn recomputation_adds_the_forward_of_the_blocks() {
-        let step = LLAMA3_8B.step(1000, 1000 * 1000, true);
-        let head = 6.0 * 4096.0 * 128_256.0 * 1000.0;
-        // Without the head, forward : backward : forward again is 1 : 2 : 1.
-        let ratio = (step.hardware - head) / (step.model - head);
-        assert!((ratio - 4.0 / 3.0).abs() < 1e-12, "{ratio}");
+    fn recomputation_adds_what_all_blocks_but_the_last_run_again() {
+        let again = |recompute| {
+            let step = LLAMA3_8B.step(1000, 1000 * 1000, recompute);
+            (step.hardware - step.model) / (31.0 * 1000.0)
+        };
+        // By hand, per position and block: query and both of key and value; scores and their sums
+        // over half of 1000 positions; the output; gate and up.
+        let branch = 2.0 * 4096.0 * (4096.0 + 2.0 * 1024.0) + 4.0 * 4096.0 * 500.0;
+        let rest = 2.0 * 4096.0 * 4096.0 + 2.0 * 4096.0 * 2.0 * 14_336.0;
+        assert_eq!(again(Recompute::None), 0.0);
+        assert!((again(Recompute::Attention) / branch - 1.0).abs() < 1e-9);
+        assert!((again(Recompute::Full) / (branch + rest) - 1.0).abs() < 1e-9);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! All of them are allocated once for a micro-batch shape and reused by every micro-batch and step.
 //! A block keeps what its backward pass reads in storage of its own; everything else, and every
 //! gradient, is shared between the blocks, since only one block runs at a time. With recomputation
-//! a block keeps its input alone. `footprint` counts the bytes of all this without allocating it.
+//! a block keeps less, down to its input alone. `footprint` counts the bytes of all this without allocating it.
 
 use oxitron_kernels::{Error, Workspace};
 use tch::{Device, Kind, Tensor};
@@ -12,6 +12,7 @@ use super::{
     LossSum, ModelError, Stopwatch, TorchContext,
     program::{Program, Slot, SlotKind, SlotSpec, Storage},
 };
+use crate::config::Recompute;
 
 /// The slots of one block, or their gradients.
 #[derive(Debug)]
@@ -90,6 +91,8 @@ pub struct Activations {
     pub loss: LossSum,
     pub(super) workspace: Workspace,
     pub(super) tokens: usize,
+    /// What blocks do not keep.
+    pub(super) recompute: Recompute,
     /// When each operation ran.
     pub stopwatch: Stopwatch,
 }
@@ -105,7 +108,7 @@ impl Activations {
         hidden: usize,
         tokens: usize,
         precision: Precision,
-        recompute: bool,
+        recompute: Recompute,
         device: Device,
     ) -> Result<Self, ModelError> {
         let allocate = |width: usize, kind: Kind| {
@@ -169,6 +172,7 @@ impl Activations {
             loss: LossSum::new(device)?,
             workspace: Workspace::new(device),
             tokens,
+            recompute,
             stopwatch: Stopwatch::default(),
         })
     }

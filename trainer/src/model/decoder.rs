@@ -10,7 +10,7 @@ use super::{
     op::{BlockRun, Heads},
     program::Program,
 };
-use crate::config::{Dtype, ModelConfig};
+use crate::config::{Dtype, ModelConfig, Recompute};
 
 /// Views of the weights of a layer's units: `[unit][matrix]`.
 pub type LayerWeights = Vec<Vec<Tensor>>;
@@ -84,14 +84,15 @@ impl Decoder {
         self.precision.compute
     }
 
-    /// Buffers for micro-batches of `tokens` tokens.
+    /// Buffers for micro-batches of `tokens` tokens, in which blocks do not keep what `recompute`
+    /// says.
     ///
     /// # Errors
     /// When libtorch cannot allocate them.
     pub fn activations(
         &self,
         tokens: usize,
-        recompute: bool,
+        recompute: Recompute,
         device: Device,
     ) -> Result<Activations, ModelError> {
         let blocks = self.layers() - 2;
@@ -135,7 +136,36 @@ impl Decoder {
         } = activations;
         let (slots, tools) = (&mut blocks[layer - 1], (workspace, stopwatch));
         let mut run = self.block_run(layer, &weights[0], batch, rope, slots, tools);
-        self.program.ops.iter().try_for_each(|op| run.forward(op))
+        let mut ops = self.program.ops.iter();
+        ops.try_for_each(|op| run.forward(op, |_| true))
+    }
+
+    /// Runs again what of block `layer` its backward reads and other blocks have overwritten since.
+    ///
+    /// # Errors
+    /// When a kernel refuses its arguments or fails.
+    pub fn recompute(
+        &self,
+        layer: usize,
+        weights: &LayerWeights,
+        batch: &Batch,
+        rope: &RopeTable,
+        activations: &mut Activations,
+    ) -> Result<(), ModelError> {
+        self.check_batch(batch, activations)?;
+        activations.stopwatch.start();
+        let Activations {
+            blocks,
+            workspace,
+            stopwatch,
+            recompute,
+            ..
+        } = activations;
+        let (slots, tools) = (&mut blocks[layer - 1], (workspace, stopwatch));
+        let mut run = self.block_run(layer, &weights[0], batch, rope, slots, tools);
+        let lost = |slot| self.program.is_lost(slot, *recompute);
+        let mut ops = self.program.ops.iter();
+        ops.try_for_each(|op| run.forward(op, lost))
     }
 
     /// Runs the final norm, the head and the loss, which is added to that of `activations`.

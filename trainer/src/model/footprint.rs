@@ -15,7 +15,7 @@ use super::{
     llama,
     program::{Op, Program, SlotKind, SlotSpec, Storage},
 };
-use crate::config::{Dtype, ModelConfig};
+use crate::config::{Dtype, ModelConfig, Recompute};
 
 const STATISTIC: usize = size_of::<f32>();
 
@@ -38,13 +38,13 @@ impl ActivationBytes {
     }
 }
 
-/// What micro-batches of `tokens` tokens need when `model` computes in `compute` on `device`, with or
-/// without recomputation. Proportional to `tokens`, apart from the workspace.
+/// What micro-batches of `tokens` tokens need when `model` computes in `compute` on `device`, and
+/// computes again what `recompute` says. Proportional to `tokens`, apart from the workspace.
 pub fn activation_bytes(
     model: &ModelConfig,
     compute: Dtype,
     tokens: usize,
-    recompute: bool,
+    recompute: Recompute,
     device: Device,
 ) -> ActivationBytes {
     let count = Count {
@@ -90,7 +90,7 @@ impl Count {
     }
 
     /// The slots of a block that lie in `storage`.
-    fn slots(&self, storage: Storage, recompute: bool) -> usize {
+    fn slots(&self, storage: Storage, recompute: Recompute) -> usize {
         let slots = self.program.slots.iter().enumerate();
         slots
             .filter(|&(index, _)| self.program.storage(index, recompute) == storage)
@@ -167,7 +167,7 @@ mod tests {
     use crate::config::Config;
 
     #[test]
-    fn recomputation_trades_what_blocks_keep_for_one_shared_block() {
+    fn recomputation_trades_what_blocks_keep_for_one_shared_place() {
         let text = "[model]\npreset = \"llama-7b\"\n[data]\n[[data.source]]\nname = \"a\"\n\
                     path = \"a\"\n[optimizer]\nlr = 1e-3\n[[stage]]\nname = \"s\"\nseq_len = 64\n\
                     steps = 1\nbatch_tokens = 64\n";
@@ -175,12 +175,17 @@ mod tests {
             .unwrap()
             .model;
         let bytes = |recompute| activation_bytes(&model, Dtype::Bf16, 4096, recompute, Device::Cpu);
-        let (kept, again) = (bytes(false), bytes(true));
+        let [kept, between, again] = Recompute::ALL.map(bytes);
         let stream = (model.num_layers + 1) * 4096 * model.hidden_size * 4;
         assert_eq!(again.kept, stream);
         let block = (kept.kept - stream) / model.num_layers;
         assert_eq!(again.shared - kept.shared, block);
         assert_eq!(again.workspace, kept.workspace);
         assert!(again.total() < kept.total() / 3);
+        // The branch of attention: norm, queries, keys and values, attention, and its statistics.
+        let branch = 4096 * (5 * model.hidden_size * 2 + (1 + model.num_heads) * 4);
+        assert_eq!(kept.kept - between.kept, model.num_layers * branch);
+        assert_eq!(between.shared - kept.shared, branch);
+        assert_eq!(between.workspace, kept.workspace);
     }
 }

@@ -43,9 +43,15 @@ struct Projections {
 }
 
 impl BlockRun<'_> {
-    /// Runs `op` and fills the slots that it writes.
-    pub(super) fn forward(&mut self, op: &Op) -> Result<(), ModelError> {
-        self.run_forward(op).map_err(|source| self.failed(source))
+    /// Runs `op` and fills those of the slots it writes that are `wanted`; what makes none of them
+    /// is not run.
+    pub(super) fn forward(
+        &mut self,
+        op: &Op,
+        wanted: impl Fn(Slot) -> bool,
+    ) -> Result<(), ModelError> {
+        self.run_forward(op, wanted)
+            .map_err(|source| self.failed(source))
     }
 
     /// Runs `op` backwards: reads the gradients of the slots that it wrote, adds to the gradients
@@ -74,14 +80,14 @@ impl BlockRun<'_> {
         self.stopwatch.lap(operation, self.specs[slot].name);
     }
 
-    fn run_forward(&mut self, op: &Op) -> Result<(), Error> {
+    fn run_forward(&mut self, op: &Op, wanted: impl Fn(Slot) -> bool) -> Result<(), Error> {
         match *op {
-            Op::RmsNorm { x, weight, y, rstd } => {
+            Op::RmsNorm { x, weight, y, rstd } if wanted(y) || wanted(rstd) => {
                 let [x, y_out, rstd] = self.slots.get([x, y, rstd])?;
                 rms_norm::forward(x, &self.weights[weight], self.norm_eps, y_out, rstd)?;
                 self.lap("rms_norm", y);
             }
-            Op::LinearRope { x, weight, qkv } => {
+            Op::LinearRope { x, weight, qkv } if wanted(qkv) => {
                 let [x, qkv_out] = self.slots.get([x, qkv])?;
                 let rotation = rotation(self.rope, self.batch, self.heads);
                 let weight = &self.weights[weight];
@@ -92,7 +98,7 @@ impl BlockRun<'_> {
                 qkv,
                 y,
                 log_sum_exp,
-            } => {
+            } if wanted(y) || wanted(log_sum_exp) => {
                 let [qkv, y_out, log_sum_exp] = self.slots.get([qkv, y, log_sum_exp])?;
                 let heads = projections(qkv, self.batch, self.heads)?;
                 let mut log_sum_exp = per_head(log_sum_exp, self.batch, self.heads)?;
@@ -106,7 +112,7 @@ impl BlockRun<'_> {
                 weight,
                 residual,
                 sum,
-            } => self.add_product(x, weight, residual, sum)?,
+            } if wanted(sum) => self.add_product(x, weight, residual, sum)?,
             Op::FeedForward {
                 activation,
                 x,
@@ -117,19 +123,27 @@ impl BlockRun<'_> {
                 residual,
                 sum,
             } => {
-                let [x, gate_up_out, gated_out] = self.slots.get([x, gate_up, gated])?;
-                let weight = &self.weights[gate_up_weight];
-                linear_glu::forward(
-                    activation,
-                    x,
-                    weight,
-                    gate_up_out,
-                    gated_out,
-                    self.workspace,
-                )?;
-                self.lap("linear", gate_up);
-                self.add_product(gated, down_weight, residual, sum)?;
+                if wanted(gate_up) || wanted(gated) {
+                    let [x, gate_up_out, gated_out] = self.slots.get([x, gate_up, gated])?;
+                    let weight = &self.weights[gate_up_weight];
+                    linear_glu::forward(
+                        activation,
+                        x,
+                        weight,
+                        gate_up_out,
+                        gated_out,
+                        self.workspace,
+                    )?;
+                    self.lap("linear", gate_up);
+                }
+                if wanted(sum) {
+                    self.add_product(gated, down_weight, residual, sum)?;
+                }
             }
+            Op::RmsNorm { .. }
+            | Op::LinearRope { .. }
+            | Op::Attention { .. }
+            | Op::LinearAdd { .. } => {}
         }
         Ok(())
     }

@@ -2,6 +2,8 @@
 
 use oxitron_kernels::linear_glu::Activation;
 
+use crate::config::Recompute;
+
 /// Index of a slot in its program.
 pub type Slot = usize;
 
@@ -123,14 +125,52 @@ pub(super) enum Storage {
 }
 
 impl Program {
-    /// Where the values of `slot` lie, with or without recomputation.
-    pub(super) fn storage(&self, slot: Slot, recompute: bool) -> Storage {
+    /// Where the values of `slot` lie.
+    pub(super) fn storage(&self, slot: Slot, recompute: Recompute) -> Storage {
+        let lasts = match recompute {
+            Recompute::None => true,
+            Recompute::Attention => !self.is_in_attention_branch(slot),
+            Recompute::Full => false,
+        };
         if slot == self.input || slot == self.output {
             Storage::Stream
-        } else if self.slots[slot].kept && !recompute {
+        } else if self.slots[slot].kept && lasts {
             Storage::Block
         } else {
             Storage::Shared
+        }
+    }
+
+    /// Whether the backward pass reads `slot`, and another block has overwritten it by then.
+    pub(super) fn is_lost(&self, slot: Slot, recompute: Recompute) -> bool {
+        self.slots[slot].kept && self.storage(slot, recompute) == Storage::Shared
+    }
+
+    /// Whether `slot` is written by a branch with attention in it, before the sum that ends it.
+    fn is_in_attention_branch(&self, slot: Slot) -> bool {
+        let ends = |op: &Op| matches!(op, Op::LinearAdd { .. } | Op::FeedForward { .. });
+        let mut branches = self.ops.split(ends);
+        branches.any(|branch| {
+            branch.iter().any(|op| matches!(op, Op::Attention { .. }))
+                && branch.iter().any(|op| op.outputs().contains(&Some(slot)))
+        })
+    }
+}
+
+impl Op {
+    /// The slots that it writes.
+    fn outputs(&self) -> [Option<Slot>; 3] {
+        match *self {
+            Op::RmsNorm { y, rstd, .. } => [Some(y), Some(rstd), None],
+            Op::LinearRope { qkv, .. } => [Some(qkv), None, None],
+            Op::Attention { y, log_sum_exp, .. } => [Some(y), Some(log_sum_exp), None],
+            Op::LinearAdd { sum, .. } => [Some(sum), None, None],
+            Op::FeedForward {
+                gate_up,
+                gated,
+                sum,
+                ..
+            } => [Some(gate_up), Some(gated), Some(sum)],
         }
     }
 }

@@ -2,10 +2,11 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+use oxitron_kernels::cuda::emulated;
 use tch::Device;
 
-use super::Batch;
-use crate::config::{Dtype, Patterns};
+use super::{Activations, Batch};
+use crate::config::{Dtype, Patterns, Recompute};
 use crate::testing::counter_hash::projection;
 use crate::testing::golden::{self, Golden, numbers};
 use crate::testing::tiny::{Tensors, Tiny, relative_error};
@@ -154,13 +155,64 @@ fn recomputation_changes_no_bit() {
     let golden = Golden::open("gradients");
     let facts = &golden.facts["cases"]["tiny"];
     let (config, rope_base, scales) = golden::model(&facts["model"]);
+    let gradients = |dtype, recompute| {
+        let tiny = Tiny::new(&config, rope_base, scales, dtype);
+        // Made where the ops run: a GPU needs more of the ids.
+        let batch = golden.batches("tiny.").remove(0);
+        tiny.recomputing(recompute).gradients(&batch)
+    };
+    let check = || {
+        for dtype in [Dtype::Fp32, Dtype::Bf16] {
+            let kept = gradients(dtype, Recompute::None);
+            for recompute in [Recompute::Attention, Recompute::Full] {
+                assert_eq!(kept, gradients(dtype, recompute), "{recompute}, {dtype:?}");
+            }
+        }
+    };
+    check();
+    emulated(check);
+}
+
+#[test]
+fn recomputation_runs_what_was_overwritten_and_nothing_else() {
+    let golden = Golden::open("gradients");
+    let (config, rope_base, scales) = golden::model(&golden.facts["cases"]["tiny"]["model"]);
     let batch = golden.batches("tiny.").remove(0);
-    for dtype in [Dtype::Fp32, Dtype::Bf16] {
-        let kept = Tiny::new(&config, rope_base, scales, dtype).gradients(&batch);
-        let recomputed = Tiny::new(&config, rope_base, scales, dtype)
-            .with_recompute()
-            .gradients(&batch);
-        assert_eq!(kept, recomputed);
+    let branch = [
+        ("rms_norm", "attention norm"),
+        ("linear", "qkv"),
+        ("attention", "attention"),
+    ];
+    let rest = [
+        ("linear", "middle"),
+        ("rms_norm", "mlp norm"),
+        ("linear", "gate and up"),
+    ];
+    let down = [("linear", "output")];
+    for (recompute, expected) in [
+        (Recompute::None, vec![]),
+        (Recompute::Attention, branch.to_vec()),
+        (Recompute::Full, [branch, rest].concat()),
+    ] {
+        let mut tiny = Tiny::new(&config, rope_base, scales, Dtype::Fp32).recomputing(recompute);
+        let mut activations = tiny.activations(&batch);
+        activations.stopwatch.switch(true);
+        tiny.forward(&batch, &mut activations);
+        let ran = |activations: &mut Activations| -> Vec<(&str, &str)> {
+            let spans = activations.stopwatch.take().into_iter();
+            spans.map(|span| (span.operation, span.slot)).collect()
+        };
+        let block = [&branch[..], &rest, &down].concat();
+        let blocks = vec![block; config.num_layers].concat();
+        assert_eq!(
+            ran(&mut activations),
+            [vec![("embedding", "stream")], blocks].concat()
+        );
+        let weights = tiny.zero.weights(1).unwrap();
+        tiny.decoder
+            .recompute(1, &weights, &batch, &tiny.rope, &mut activations)
+            .unwrap();
+        assert_eq!(ran(&mut activations), expected, "{recompute}");
     }
 }
 

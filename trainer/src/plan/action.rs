@@ -27,7 +27,7 @@ pub enum Action {
         /// Which micro-batch.
         micro_batch: usize,
     },
-    /// Run a layer's forward again to restore what its backward needs.
+    /// Run again what of a block's forward its backward needs and the block has not kept.
     Recompute {
         /// Which micro-batch of the step.
         micro_batch: usize,

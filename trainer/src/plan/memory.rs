@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use super::action::{Action, Exchange, Role};
 use super::layout::{Holding, Layout};
+use super::offload::passing_bytes;
 use super::shards::ShardMap;
 use super::units::{BufferKind, Units};
 
@@ -22,12 +23,23 @@ pub struct StateBytes {
     pub moments: usize,
     /// Buffers for units that are whole only for a while.
     pub buffers: usize,
+    /// Buffers on the device through which master weights and moments pass; 0 where these lie
+    /// there themselves.
+    pub passing: usize,
 }
 
 impl StateBytes {
     /// All of it.
     pub fn total(&self) -> usize {
-        self.weights + self.gradients + self.master + self.moments + self.buffers
+        self.weights + self.gradients + self.master + self.moments + self.buffers + self.passing
+    }
+
+    /// What of it lies in host memory beside a GPU.
+    pub fn offloaded(&self) -> usize {
+        match self.passing {
+            0 => 0,
+            _ => self.master + self.moments,
+        }
     }
 }
 
@@ -40,7 +52,17 @@ pub struct ElementBytes {
     pub moment: usize,
 }
 
-/// The state of a rank that walks `actions`, with elements of so many `bytes`.
+/// Where the optimizer's state lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Home {
+    /// Where the model computes.
+    Device,
+    /// In host memory, passing through the device when it is updated.
+    Host,
+}
+
+/// The state of a rank that walks `actions`, with elements of so many `bytes` and the optimizer's
+/// state in its `home`.
 ///
 /// Buffers that are held for a while are kept and used again by units of the same size, so each
 /// size counts as often as it is held at once.
@@ -50,6 +72,7 @@ pub fn state_bytes(
     layout: &Layout,
     actions: &[Action],
     bytes: ElementBytes,
+    home: Home,
 ) -> StateBytes {
     let elements = |buffer: BufferKind, holding: Holding| -> usize {
         let of_unit = |unit| match holding {
@@ -67,6 +90,10 @@ pub fn state_bytes(
         master: FP32 * owned,
         moments: 2 * bytes.moment * owned,
         buffers: held_bytes(map, layout, actions, bytes.weight),
+        passing: match home {
+            Home::Device => 0,
+            Home::Host => passing_bytes(map, bytes.moment),
+        },
     }
 }
 

@@ -10,6 +10,7 @@ mod action;
 mod layout;
 mod memory;
 mod mesh;
+mod offload;
 mod shards;
 mod staging;
 mod step;
@@ -20,8 +21,9 @@ mod units;
 
 pub use action::{Action, Exchange, Role};
 pub use layout::{Holding, Layout};
-pub use memory::{ElementBytes, StateBytes, state_bytes};
+pub use memory::{ElementBytes, Home, StateBytes, state_bytes};
 pub use mesh::Mesh;
+pub use offload::{passing_bytes, portion_len, portions};
 pub use shards::{GRANULE, Piece, Shard, ShardMap};
 pub use staging::{share, staging_bytes};
 pub use step::{StepShape, emit_evaluation, emit_opening, emit_step};

@@ -23,6 +23,7 @@ use super::action::{Action, Exchange, Role};
 use super::layout::{Holding, Layout};
 use super::shards::ShardMap;
 use super::units::{BufferKind, Units};
+use crate::config::Recompute;
 
 /// What a step consists of, apart from the model and the layout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,8 +33,8 @@ pub struct StepShape {
     /// Whether each collective runs behind compute. Without overlap the same collectives run at
     /// the same places and are waited for at once.
     pub overlap: bool,
-    /// Whether blocks keep only their input and run forward again in the backward pass.
-    pub recompute: bool,
+    /// What blocks do not keep, and compute again in the backward pass.
+    pub recompute: Recompute,
     /// Layers ahead of the one that computes whose sliced weights are being gathered, and units
     /// behind it whose gradients may still be on their way into slices.
     pub prefetch_units: usize,
@@ -119,8 +120,9 @@ fn training_stops(units: &Units, shape: StepShape) -> Vec<Stop> {
         stops.push(turn);
         for layer in (lowest..last).rev() {
             let mut computes = vec![Action::Backward { micro_batch, layer }];
-            // The embedding saves nothing.
-            if shape.recompute && layer != 0 {
+            // The embedding saves nothing; nothing has run since the last block's forward but the
+            // head, so what blocks share is still its own.
+            if shape.recompute != Recompute::None && layer != 0 && layer + 1 != last {
                 computes.insert(0, Action::Recompute { micro_batch, layer });
             }
             stops.push(Stop { layer, computes });

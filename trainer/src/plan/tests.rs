@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use proptest::prelude::*;
 
 use super::*;
+use crate::config::Recompute;
 
 /// Embedding, blocks, norm and head; the head may be tied to the embedding.
 fn model(blocks: usize, tied: bool, frozen: &[usize]) -> Units {
@@ -54,7 +55,8 @@ fn cases() -> impl Strategy<Value = Case> {
         prop::collection::vec(0usize..8, 0..3),
     );
     let mesh = (0u8..4, 1usize..4, 1usize..4);
-    let shape = (1usize..4, any::<bool>(), any::<bool>(), 0usize..4);
+    let recompute = prop::sample::select(&Recompute::ALL[..]);
+    let shape = (1usize..4, any::<bool>(), recompute, 0usize..4);
     (sizes, mesh, shape).prop_map(
         |((blocks, tied, frozen), (stage, shard, replicas), shape)| {
             let units = model(blocks, tied, &frozen);
@@ -222,6 +224,30 @@ proptest! {
         }
     }
 
+    /// What blocks do not keep they share: a block finds its own in its backward pass, and nothing
+    /// is computed again that is still there.
+    #[test]
+    fn a_block_is_computed_again_exactly_where_another_has_run_since(case in cases()) {
+        let last = case.units.layers.len() - 1;
+        let again = case.shape.recompute != Recompute::None;
+        let mut there = None;
+        for action in case.step() {
+            match action {
+                Action::Forward { micro_batch, layer } if layer != 0 && layer != last => {
+                    there = Some((micro_batch, layer));
+                }
+                Action::Recompute { micro_batch, layer } => {
+                    prop_assert!(again && there != Some((micro_batch, layer)));
+                    there = Some((micro_batch, layer));
+                }
+                Action::Backward { micro_batch, layer } if layer != 0 && layer != last => {
+                    prop_assert!(!again || there == Some((micro_batch, layer)));
+                }
+                _ => {}
+            }
+        }
+    }
+
     /// Overlap moves waits, not work: the collectives are the same, at the same places.
     #[test]
     fn without_overlap_every_collective_is_awaited_where_it_starts(case in cases()) {
@@ -301,7 +327,7 @@ fn a_tied_unit_is_reduced_after_its_last_gradient() {
     let shape = StepShape {
         accumulation: 2,
         overlap: true,
-        recompute: false,
+        recompute: Recompute::None,
         prefetch_units: 1,
     };
     let actions = emit_step(&units, &map, &layout, shape);
@@ -325,7 +351,7 @@ fn backward_stops_above_frozen_layers() {
     let shape = StepShape {
         accumulation: 1,
         overlap: true,
-        recompute: false,
+        recompute: Recompute::None,
         prefetch_units: 1,
     };
     let actions = emit_step(&units, &ShardMap::new(&units, 1), &layout, shape);
@@ -345,7 +371,7 @@ fn sliced_state_shrinks_with_the_group_and_buffers_with_the_prefetch() {
         let shape = StepShape {
             accumulation: 1,
             overlap: true,
-            recompute: false,
+            recompute: Recompute::None,
             prefetch_units,
         };
         let actions = emit_step(&units, &map, &layout, shape);
@@ -356,6 +382,7 @@ fn sliced_state_shrinks_with_the_group_and_buffers_with_the_prefetch() {
             &layout,
             &actions,
             ElementBytes { weight, moment },
+            Home::Device,
         )
     };
     let whole = bytes(0, 4, 1);

@@ -6,6 +6,7 @@ use oxitron_kernels::product::Engine;
 use oxitron_kernels::simd;
 
 use super::RunError;
+use super::memory::Peak;
 use super::plan::{dtype_name, kind};
 use crate::comm::Comm;
 use crate::config::{self, Config, Dtype};
@@ -58,10 +59,31 @@ pub(super) fn described(device: tch::Device, dtype: Dtype) -> String {
 
 /// Most bytes of tensors on the device at once, as its allocator counts them.
 pub(super) fn peak_bytes(device: tch::Device) -> u64 {
+    peak(device).allocated
+}
+
+/// The same, with what the allocator has taken for them; both count from [`reset_peak`].
+pub(super) fn peak(device: tch::Device) -> Peak {
     match device {
         tch::Device::Cuda(ordinal) => {
-            DeviceMemory::read(ordinal).map_or(0, |memory| memory.allocated_peak)
+            let memory = DeviceMemory::read(ordinal).unwrap_or_default();
+            Peak {
+                allocated: memory.allocated_peak,
+                reserved: Some(memory.reserved_peak),
+            }
         }
-        _ => memory::stats().peak_bytes,
+        _ => Peak {
+            allocated: memory::stats().peak_bytes,
+            reserved: None,
+        },
     }
+}
+
+/// Lets the peak begin again from what is held now.
+pub(super) fn reset_peak(device: tch::Device) -> Result<(), RunError> {
+    match device {
+        tch::Device::Cuda(ordinal) => DeviceMemory::reset_peak(ordinal)?,
+        _ => memory::reset_peak(),
+    }
+    Ok(())
 }

@@ -9,9 +9,17 @@ use crate::plan::{StateBytes, StepTraffic};
 /// Tokens, targets and positions of a micro-batch, `i64` each.
 const BATCH_BYTES: usize = 3 * 8;
 
+/// What a GPU needs of each token beside: its place among those of its id, `i32`, and at most another
+/// number where those begin.
+const OCCURRENCE_BYTES: usize = 2 * 4;
+
 /// Micro-batches after which a step needs nothing that it has not needed before: there is a first,
 /// one in between, and a last.
 const DISTINCT_MICRO_BATCHES: usize = 3;
+
+/// Workspace that libtorch gives cuBLAS on the stream that computes, on Hopper and newer; 8 MiB on
+/// older GPUs.
+const CUBLAS_BYTES: usize = 32 << 20;
 
 /// A rank in one stage of context.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,12 +35,14 @@ pub struct StageFigures {
     pub staging: usize,
     /// Tokens of a step and the table of RoPE.
     pub inputs: usize,
+    /// What libraries take from libtorch's allocator for themselves.
+    pub libraries: usize,
     /// As configured.
     pub activations: ActivationBytes,
-    /// When nothing is computed again.
-    pub without_recompute: ActivationBytes,
-    /// When blocks keep only their input.
-    pub with_recompute: ActivationBytes,
+    /// With each setting of `recompute`, in the order of [`Recompute::ALL`].
+    pub alternatives: [ActivationBytes; Recompute::ALL.len()],
+    /// Whether a GPU computes, whose memory is not the host's.
+    pub on_gpu: bool,
     /// What a rank sends per step in its shard group and in its replica group.
     pub traffic: StepTraffic,
     /// What a rank sends at most per step to agree with all ranks.
@@ -42,7 +52,21 @@ pub struct StageFigures {
 impl StageFigures {
     /// All bytes of tensors on a rank.
     pub fn total(&self) -> usize {
-        self.state.total() + self.staging + self.inputs + self.activations.total()
+        self.state.total() + self.staging + self.inputs + self.libraries + self.activations.total()
+    }
+
+    /// What of it lies in host memory beside a GPU; nothing where the host's memory is all there is.
+    pub fn host(&self) -> usize {
+        if self.on_gpu {
+            self.staging + self.state.offloaded()
+        } else {
+            0
+        }
+    }
+
+    /// What of it lies where the rank computes: this must fit into the memory of a rank.
+    pub fn device(&self) -> usize {
+        self.total() - self.host()
     }
 
     /// All bytes that a rank sends per step.
@@ -57,33 +81,32 @@ impl RunPlan {
         let micro_batch = config.stages[stage].micro_batch;
         let ranks = self.layout.mesh.world();
         let tokens = micro_batch * config.stages[stage].seq_len;
-        let activations =
-            |again| activation_bytes(&config.model, dtype, tokens, again, planned(config));
-        let (without, with) = (activations(false), activations(true));
-        let recompute = self.shapes[stage].recompute;
+        let device = planned(config);
+        let activations = |again| activation_bytes(&config.model, dtype, tokens, again, device);
         StageFigures {
             micro_batch,
             accumulation: self.shapes[stage].accumulation,
             state: self.state_bytes(stage, dtype),
             staging: self.staging_bytes(config),
             inputs: inputs(config, stage, micro_batch, ranks),
-            activations: if recompute { with } else { without },
-            without_recompute: without,
-            with_recompute: with,
+            libraries: if device.is_cuda() { CUBLAS_BYTES } else { 0 },
+            activations: activations(self.shapes[stage].recompute),
+            alternatives: Recompute::ALL.map(activations),
+            on_gpu: device.is_cuda(),
             traffic: self.traffic(stage, dtype, config.parallel.grad_reduce_dtype),
             control: control_bytes(ranks),
         }
     }
 
-    /// Bytes that a rank needs in stage `stage` with micro-batches of `micro_batch` samples, with
-    /// or without recomputation.
+    /// Bytes that a rank needs where it computes in stage `stage`, with micro-batches of
+    /// `micro_batch` samples of which `recompute` says what is computed again.
     fn needed(
         &self,
         config: &Config,
         stage: usize,
         dtype: Dtype,
         micro_batch: usize,
-        recompute: bool,
+        recompute: Recompute,
     ) -> usize {
         let ranks = self.layout.mesh.world();
         let tokens = micro_batch * config.stages[stage].seq_len;
@@ -92,10 +115,15 @@ impl RunPlan {
         shape.recompute = recompute;
         shape.accumulation =
             accumulation(config, stage, micro_batch, ranks).min(DISTINCT_MICRO_BATCHES);
-        other.state_bytes(stage, dtype).total()
-            + self.staging_bytes(config)
+        let device = planned(config);
+        let state = other.state_bytes(stage, dtype);
+        let beside = match device.is_cuda() {
+            true => state.total() - state.offloaded() + CUBLAS_BYTES,
+            false => state.total() + self.staging_bytes(config),
+        };
+        beside
             + inputs(config, stage, micro_batch, ranks)
-            + activation_bytes(&config.model, dtype, tokens, recompute, planned(config)).total()
+            + activation_bytes(&config.model, dtype, tokens, recompute, device).total()
     }
 
     /// The most samples that a rank can compute at once in `memory` bytes, no more than it has to
@@ -106,7 +134,7 @@ impl RunPlan {
         stage: usize,
         dtype: Dtype,
         memory: usize,
-        recompute: bool,
+        recompute: Recompute,
     ) -> Option<usize> {
         let fits = |samples| self.needed(config, stage, dtype, samples, recompute) <= memory;
         if !fits(1) {
@@ -130,7 +158,7 @@ impl RunPlan {
     /// The stage that needs most when it is asked for as little as possible, one sample at a time
     /// with recomputation, and what it needs.
     fn least(&self, config: &Config, dtype: Dtype) -> (usize, usize) {
-        let needed = |stage| self.needed(config, stage, dtype, 1, true);
+        let needed = |stage| self.needed(config, stage, dtype, 1, Recompute::Full);
         // The first of equals: the last maximum from the other end.
         let stages = (0..config.stages.len()).rev();
         let stages = stages.map(|stage| (stage, needed(stage)));
@@ -148,7 +176,11 @@ fn inputs(config: &Config, stage: usize, micro_batch: usize, ranks: usize) -> us
     let samples = micro_batch * accumulation(config, stage, micro_batch, ranks);
     // A cosine and a sine for each pair of a head's elements.
     let rope = seq_len * config.model.head_dim * size_of::<f32>();
-    samples * seq_len * BATCH_BYTES + rope
+    let token = match planned(config).is_cuda() {
+        true => BATCH_BYTES + OCCURRENCE_BYTES,
+        false => BATCH_BYTES,
+    };
+    samples * seq_len * token + rope
 }
 
 /// Refuses a plan that does not fit into `memory` bytes per rank, however small its micro-batches.
@@ -167,7 +199,11 @@ pub fn check_memory(
         return Ok(());
     }
     let shown = |count: usize| bytes(count as u64);
-    let state = plan.state_bytes(stage, dtype).total();
+    let state = plan.state_bytes(stage, dtype);
+    let state = match planned(config).is_cuda() {
+        true => state.total() - state.offloaded(),
+        false => state.total(),
+    };
     let fitting = fitting(
         config,
         plan.layout.mesh.world(),
@@ -195,8 +231,8 @@ pub fn check_memory(
     )))
 }
 
-/// The nearest settings that fit, with what a rank then needs: saves that are not staged, more
-/// sharding on as many ranks, and more ranks.
+/// The nearest settings that fit, with what a rank then needs: saves that are not staged or
+/// optimizer state in host memory, more sharding on as many ranks, and more ranks.
 fn fitting(
     config: &Config,
     ranks: usize,
@@ -247,14 +283,21 @@ fn fitting(
             Some((way, needed(zero, size, ranks)?))
         })
     };
-    let direct = || {
+    let changed = |way: &str, change: fn(&mut Config)| {
         let mut other = config.clone();
-        other.checkpoint.asynchronous = false;
+        change(&mut other);
         let plan = RunPlan::new(&other, ranks, ranks_per_node.min(ranks)).ok()?;
         let (_, needed) = plan.least(&other, dtype);
-        (needed <= memory).then(|| ("checkpoint.async = false".to_owned(), needed))
+        (needed <= memory).then(|| (way.to_owned(), needed))
     };
-    let direct = config.checkpoint.asynchronous.then(direct).flatten();
+    let direct = match planned(config).is_cuda() {
+        true => changed("optimizer.offload = true", |config| {
+            config.optimizer.offload = true;
+        }),
+        false => changed("checkpoint.async = false", |config| {
+            config.checkpoint.asynchronous = false;
+        }),
+    };
     let others = match (same_ranks, more_ranks) {
         (None, None) if direct.is_none() => both().into_iter().collect::<Vec<_>>(),
         (same, more) => same.into_iter().chain(more).collect(),

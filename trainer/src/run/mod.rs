@@ -32,6 +32,7 @@ mod error;
 mod feed;
 mod figures;
 mod folder;
+mod memory;
 mod open;
 mod origin;
 mod plan;

@@ -29,7 +29,7 @@ use crate::guard::{BadSteps, Spikes, watchdog::Phase};
 use crate::metrics::units::{bytes, grouped};
 use crate::metrics::{self, Event, MetricsWriter};
 use crate::model::Decoder;
-use crate::zero::{CommClock, Groups, StateDtypes, StateKind, Zero};
+use crate::zero::{CommClock, Groups, StateForm, StateKind, Zero};
 
 impl<'a> Trainer<'a> {
     /// Checks the plan, takes hold of the run directory, opens the data and fills the state.
@@ -164,10 +164,18 @@ impl<'a> Trainer<'a> {
             mesh.shard,
         );
         tracing::info!(
-            "a rank holds {} of state and {} of activations, and sends {} per step (reduce {}, \
-             gather {}, replicate {})",
+            "a rank holds {} of state and {} of activations, {} in all, and sends {} per step \
+             (reduce {}, gather {}, replicate {})",
             shown(figures.state.total()),
             shown(figures.activations.total()),
+            match figures.host() {
+                0 => shown(figures.device()),
+                host => format!(
+                    "{} on the GPU and {} in host memory",
+                    shown(figures.device()),
+                    shown(host)
+                ),
+            },
             shown(figures.sent()),
             shown(traffic.reduce),
             shown(traffic.gather),
@@ -245,10 +253,11 @@ impl Begun {
                 &plan.map,
                 &plan.layout,
                 Groups::new(comm, &plan.layout.mesh)?,
-                StateDtypes {
+                StateForm {
                     compute: decoder.compute_kind(),
                     moments: kind(config.optimizer.moments_dtype),
                     wire: wire(config.parallel.grad_reduce_dtype),
+                    home: plan.home,
                 },
                 device,
             )?;

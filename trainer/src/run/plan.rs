@@ -5,11 +5,11 @@ use tch::Kind;
 
 use super::RunError;
 use crate::comm::Wire;
-use crate::config::{Config, Dtype, Recompute};
+use crate::config::{Config, Dtype};
 use crate::model::describe;
 use crate::plan::{
-    Action, ElementBytes, Layout, ShardMap, StateBytes, StepShape, StepTraffic, Units, WireBytes,
-    emit_evaluation, emit_opening, emit_step, staging_bytes, state_bytes, step_traffic,
+    Action, ElementBytes, Home, Layout, ShardMap, StateBytes, StepShape, StepTraffic, Units,
+    WireBytes, emit_evaluation, emit_opening, emit_step, staging_bytes, state_bytes, step_traffic,
 };
 
 /// What a run does on a number of ranks.
@@ -25,6 +25,8 @@ pub struct RunPlan {
     pub shapes: Vec<StepShape>,
     /// The dtype of AdamW's moments.
     pub moments: Dtype,
+    /// Where master weights and moments lie.
+    pub home: Home,
 }
 
 impl RunPlan {
@@ -44,7 +46,7 @@ impl RunPlan {
         let shape = |stage: &crate::config::StageConfig| StepShape {
             accumulation: stage.accumulation(ranks),
             overlap: parallel.overlap,
-            recompute: parallel.recompute == Recompute::Full,
+            recompute: parallel.recompute,
             prefetch_units: parallel.prefetch_units,
         };
         Ok(Self {
@@ -53,6 +55,11 @@ impl RunPlan {
             units,
             layout,
             moments: config.optimizer.moments_dtype,
+            home: if config.optimizer.offload {
+                Home::Host
+            } else {
+                Home::Device
+            },
         })
     }
 
@@ -83,6 +90,7 @@ impl RunPlan {
                 weight: bytes_of(dtype),
                 moment: bytes_of(self.moments),
             },
+            self.home,
         )
     }
 

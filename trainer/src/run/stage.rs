@@ -6,9 +6,9 @@ use std::sync::Arc;
 use oxitron_kernels::RopeTable;
 use tch::Device;
 
-use super::{RunError, feed::Feed, plan::RunPlan, trainer::Trainer};
+use super::{RunError, feed::Feed, memory::MemoryWatch, plan::RunPlan, trainer::Trainer};
 use crate::checkpoint::StageMark;
-use crate::config::{Config, Recompute, StageConfig, StageOptimizer};
+use crate::config::{Config, Dtype, StageConfig, StageOptimizer};
 use crate::faults;
 use crate::guard::watchdog::Phase;
 use crate::metrics::Event;
@@ -26,6 +26,8 @@ pub(super) struct Stage<'a> {
     pub(super) rope: RopeTable,
     pub(super) activations: Activations,
     pub(super) feed: Feed,
+    /// Looks whether the stage needs what was planned.
+    pub(super) memory: MemoryWatch,
 }
 
 impl<'a> Stage<'a> {
@@ -36,10 +38,11 @@ impl<'a> Stage<'a> {
         plan: &RunPlan,
         decoder: &Decoder,
         feed: Feed,
-        device: Device,
+        (device, dtype): (Device, Dtype),
     ) -> Result<Self, RunError> {
         let stage = &config.stages[index];
-        let recompute = config.parallel.recompute == Recompute::Full;
+        let planned = plan.figures(config, index, dtype).device();
+        let recompute = plan.shapes[index].recompute;
         let tokens = stage.micro_batch * stage.seq_len;
         Ok(Self {
             index,
@@ -54,6 +57,7 @@ impl<'a> Stage<'a> {
             )?,
             activations: decoder.activations(tokens, recompute, device)?,
             feed,
+            memory: MemoryWatch::begin(&stage.name, device, planned)?,
         })
     }
 
@@ -110,7 +114,8 @@ impl<'a> Trainer<'a> {
             &self.ranks,
         )?;
         let (plan, decoder) = (&self.plan, &self.decoder);
-        let entered = Stage::new(config, index, plan, decoder, feed, self.device)?;
+        let place = (self.device, self.dtype);
+        let entered = Stage::new(config, index, plan, decoder, feed, place)?;
         tracing::info!(
             "stage {} | seq_len {} | rope base {} | {} steps of {} tokens | {} micro-batches of {} \
              samples per rank",

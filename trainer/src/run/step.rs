@@ -132,9 +132,8 @@ impl Pass<'_> {
             Action::Forward { micro_batch, layer } if layer == last_layer => {
                 self.head(micro_batch)?;
             }
-            Action::Forward { micro_batch, layer } | Action::Recompute { micro_batch, layer } => {
-                self.forward(micro_batch, layer)?;
-            }
+            Action::Forward { micro_batch, layer } => self.forward(micro_batch, layer)?,
+            Action::Recompute { micro_batch, layer } => self.recompute(micro_batch, layer)?,
             Action::Evaluate { micro_batch } => self.evaluate(micro_batch)?,
             Action::Backward { micro_batch, layer } => self.backward(micro_batch, layer)?,
             Action::Exchange(exchange) => self.zero.exchange(exchange)?,
@@ -148,6 +147,14 @@ impl Pass<'_> {
         let batch = &self.batches[micro_batch];
         self.decoder
             .forward(layer, &weights, batch, self.rope, self.activations)?;
+        Ok(())
+    }
+
+    fn recompute(&mut self, micro_batch: usize, layer: usize) -> Result<(), RunError> {
+        let weights = self.zero.weights(layer)?;
+        let batch = &self.batches[micro_batch];
+        self.decoder
+            .recompute(layer, &weights, batch, self.rope, self.activations)?;
         Ok(())
     }
 

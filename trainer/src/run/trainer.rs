@@ -265,6 +265,7 @@ impl<'a> Trainer<'a> {
         let comm = self.zero.clock.take();
         self.tracer
             .leave(number, began, &comm, &mut self.zero, &mut stage.activations);
+        stage.memory.step();
         let taken = Taken {
             number,
             stage: stage.index,

@@ -6,7 +6,7 @@ use oxitron_kernels::RopeTable;
 use tch::Device;
 
 use super::counter_hash::{self, Scales};
-use crate::config::{Dtype, ModelConfig};
+use crate::config::{Dtype, ModelConfig, Recompute};
 use crate::model::{Activations, Batch, Decoder, Loss, Objective, describe};
 use crate::zero::{StateKind, Zero};
 
@@ -14,7 +14,7 @@ pub struct Tiny {
     pub decoder: Decoder,
     pub zero: Zero,
     pub rope: RopeTable,
-    recompute: bool,
+    recompute: Recompute,
 }
 
 /// Named tensors.
@@ -43,12 +43,12 @@ impl Tiny {
             decoder,
             zero,
             rope,
-            recompute: false,
+            recompute: Recompute::None,
         }
     }
 
-    pub fn with_recompute(mut self) -> Self {
-        self.recompute = true;
+    pub fn recomputing(mut self, recompute: Recompute) -> Self {
+        self.recompute = recompute;
         self
     }
 
@@ -106,10 +106,11 @@ impl Tiny {
         let loss = activations.loss.read().unwrap();
         for layer in (0..=last).rev() {
             let weights = self.zero.weights(layer).unwrap();
-            if self.recompute && layer != 0 && layer != last {
+            // As in the plan: what the last block shares is still its own.
+            if self.recompute != Recompute::None && layer != 0 && layer + 1 < last {
                 let (rope, activations) = (&self.rope, &mut activations);
                 self.decoder
-                    .forward(layer, &weights, batch, rope, activations)
+                    .recompute(layer, &weights, batch, rope, activations)
                     .unwrap();
             }
             let mut gradients = self.zero.gradients(layer).unwrap();

@@ -26,6 +26,7 @@ impl Zero {
     /// # Errors
     /// When a gather failed.
     pub fn fingerprints(&mut self) -> Result<Fingerprints, ZeroError> {
+        self.rest()?;
         let mut owned = Fingerprint::default();
         let mut gathered: Vec<Fingerprint> = (0..self.map.members())
             .map(|_| Fingerprint::default())

@@ -8,12 +8,16 @@
 //! computes with it. A step reduces each unit's gradient so that its slice arrives summed at the
 //! owner, sums that slice over the replicas, updates it, and gathers the new weights.
 //!
+//! Master weights and moments lie where the model computes or, beside a GPU, in host memory, from
+//! which they pass through the device when they are updated.
+//!
 //! A buffer knows what is under way on it: its contents are reached through
 //! functions that wait first.
 
 mod buffer;
 mod clock;
 mod fingerprint;
+mod offload;
 mod pool;
 mod staging;
 mod state;
@@ -24,7 +28,7 @@ mod unit;
 pub use clock::{CommClock, CommSpan};
 pub use fingerprint::Fingerprints;
 pub use staging::{StagedPiece, Staging};
-pub use state::{Groups, StateDtypes, Zero};
+pub use state::{Groups, StateForm, Zero};
 pub use state_kind::StateKind;
 pub use transfer::InitialValues;
 

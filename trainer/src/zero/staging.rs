@@ -134,6 +134,7 @@ impl Zero {
     /// # Errors
     /// When libtorch fails to copy.
     pub fn stage(&mut self, staging: &mut Staging) -> Result<(), ZeroError> {
+        self.rest()?;
         for staged in &staging.units {
             let shares = self.shares(staged.index);
             let unit = &mut self.units[staged.index];

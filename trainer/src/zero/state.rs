@@ -5,12 +5,13 @@ use tch::{Device, Kind, Tensor};
 
 use super::{
     CommClock, ZeroError,
+    offload::Offload,
     pool::Pool,
     unit::{UnitState, torch_error},
 };
 use crate::comm::{self, Comm, Lane, Wire};
 use crate::model::{LayerGradients, LayerWeights};
-use crate::plan::{Exchange, Layout, Mesh, Piece, Role, ShardMap, Units};
+use crate::plan::{Exchange, Home, Layout, Mesh, Piece, Role, ShardMap, Units};
 
 /// The lanes on which state is exchanged.
 #[derive(Clone, Debug)]
@@ -34,15 +35,17 @@ impl Groups {
     }
 }
 
-/// The dtypes of state that are a choice.
+/// What is a choice of state: dtypes, and where the optimizer's lies.
 #[derive(Clone, Copy, Debug)]
-pub struct StateDtypes {
+pub struct StateForm {
     /// Of the weights that layers compute with.
     pub compute: Kind,
     /// Of both moments, fp32 or bf16.
     pub moments: Kind,
     /// In which gradients travel.
     pub wire: Wire,
+    /// Of master weights and moments.
+    pub home: Home,
 }
 
 /// Weights, gradients and sharded optimizer state.
@@ -55,6 +58,8 @@ pub struct Zero {
     /// The dtype in which gradients travel.
     wire: Wire,
     pool: Pool,
+    /// Where master weights and moments lie in host memory.
+    pub(super) offload: Option<Offload>,
     /// Scratch of the norm.
     workspace: Workspace,
     /// What the collectives have cost since it was last taken.
@@ -65,18 +70,29 @@ impl Zero {
     /// Allocates the state of `units`, all zeros, as `layout` and `map` spread it over `groups`.
     ///
     /// # Errors
-    /// When libtorch cannot allocate it.
+    /// When libtorch cannot allocate it, or host memory cannot be page-locked.
     pub fn new(
         units: &Units,
         map: &ShardMap,
         layout: &Layout,
         groups: Groups,
-        dtypes: StateDtypes,
+        form: StateForm,
         device: Device,
     ) -> Result<Self, ZeroError> {
         let member = groups.shard.index();
+        let (offload, mut memory) = match form.home {
+            Home::Device => (None, None),
+            Home::Host => {
+                let (offload, memory) = Offload::new(map, form.moments, device)?;
+                (Some(offload), Some(memory))
+            }
+        };
         let states = units.units.iter().enumerate().map(|(index, unit)| {
-            UnitState::new((index, unit), map, layout, member, dtypes, device)
+            let state = |kind: Kind, length: usize| match &mut memory {
+                Some(memory) => memory.take(kind, length),
+                None => Tensor::f_zeros([length as i64], (kind, device)),
+            };
+            UnitState::new((index, unit), map, layout, member, (form, device), state)
         });
         Ok(Self {
             units: states.collect::<Result<_, _>>()?,
@@ -87,8 +103,9 @@ impl Zero {
                 .collect(),
             map: map.clone(),
             groups,
-            wire: dtypes.wire,
+            wire: form.wire,
             pool: Pool::new(device),
+            offload,
             workspace: Workspace::new(device),
             clock: CommClock::default(),
         })
@@ -102,12 +119,13 @@ impl Zero {
         let layout = Layout::solo();
         let groups = Groups::new(&Comm::solo(), &layout.mesh)?;
         let map = ShardMap::new(units, 1);
-        let dtypes = StateDtypes {
+        let form = StateForm {
             compute,
             moments: Kind::Float,
             wire: Wire::F32,
+            home: Home::Device,
         };
-        Self::new(units, &map, &layout, groups, dtypes, device)
+        Self::new(units, &map, &layout, groups, form, device)
     }
 
     /// Views of the weights of a layer's units, waiting for gathers that are under way.
@@ -279,9 +297,19 @@ impl Zero {
         decision: &Decision,
     ) -> Result<(), ZeroError> {
         let Piece { unit, position, .. } = self.map.pieces()[piece];
-        let Self { units, clock, .. } = self;
+        let Self {
+            units,
+            clock,
+            offload,
+            ..
+        } = self;
         let state = &mut units[unit];
-        state.update(position, adamw, decision, clock)?;
+        state.update(position, adamw, decision, offload.as_mut(), clock)?;
         state.clear_gradients(position, clock)
+    }
+
+    /// Waits until master weights and moments are where the host may touch them.
+    pub(super) fn rest(&self) -> Result<(), ZeroError> {
+        self.offload.iter().try_for_each(Offload::rest)
     }
 }

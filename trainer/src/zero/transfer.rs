@@ -51,6 +51,7 @@ impl Zero {
         &mut self,
         mut read: impl FnMut(&TensorSpec, StateKind, Range<usize>, &mut [f32]) -> Result<(), E>,
     ) -> Result<(), ZeroError> {
+        self.rest()?;
         let mut values = Vec::new();
         for unit in &mut self.units {
             for part in unit.parts.clone() {
@@ -70,7 +71,7 @@ impl Zero {
                     }
                 }
             }
-            unit.publish(&mut self.clock)?;
+            unit.publish(self.offload.as_mut(), &mut self.clock)?;
         }
         Ok(())
     }
@@ -80,6 +81,7 @@ impl Zero {
     /// # Errors
     /// When libtorch fails.
     pub fn reset_moments(&mut self) -> Result<(), ZeroError> {
+        self.rest()?;
         for unit in &mut self.units {
             for moment in [&mut unit.exp_avg, &mut unit.exp_avg_sq] {
                 let _ = moment.f_zero_().map_err(torch_error(&unit.name))?;
@@ -167,6 +169,13 @@ pub(super) fn overlap(part: &Part, own: &Range<usize>) -> Option<(Range<usize>, 
 
 #[cfg(test)]
 impl Zero {
+    /// Passes state in host memory in portions of at most `most` elements.
+    pub fn cut_portions(&mut self, most: usize) {
+        if let Some(offload) = &mut self.offload {
+            offload.cut_portions(most);
+        }
+    }
+
     /// Changes one element of this rank's copy of the last unit's weights.
     pub fn damage_weights(&mut self) {
         let Some(unit) = self.units.last_mut() else {

@@ -6,14 +6,16 @@ use oxitron_kernels::{
     Workspace,
     adamw::{self, AdamW},
     cast,
+    cuda::Way,
     decision::Decision,
     norm,
 };
 use tch::{Device, Kind, Tensor};
 
 use super::{
-    CommClock, StateDtypes, ZeroError,
+    CommClock, StateForm, ZeroError,
     buffer::{Buffer, slice_of},
+    offload::{self, Offload, each_portion},
 };
 use crate::plan::{BufferKind, Holding, Layout, Part, Placement, Role, ShardMap, Unit};
 
@@ -21,7 +23,7 @@ use crate::plan::{BufferKind, Holding, Layout, Part, Placement, Role, ShardMap, 
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Segment {
     /// Elements of the owned state.
-    range: Range<usize>,
+    elements: Range<usize>,
     decay: bool,
 }
 
@@ -49,13 +51,14 @@ pub(super) struct UnitState {
 
 impl UnitState {
     /// The state of unit number `index`, all zeros, as member `member` of its shard group holds it.
+    /// `state` makes the tensors of the optimizer.
     pub(super) fn new(
         (index, unit): (usize, &Unit),
         map: &ShardMap,
         layout: &Layout,
         member: usize,
-        dtypes: StateDtypes,
-        device: Device,
+        (form, device): (StateForm, Device),
+        mut state: impl FnMut(Kind, usize) -> Result<Tensor, tch::TchError>,
     ) -> Result<Self, ZeroError> {
         let buffer = |buffer: BufferKind, holding: Holding, kind: Kind| {
             Buffer::new(
@@ -68,11 +71,9 @@ impl UnitState {
             )
             .map_err(torch_error(&unit.name))
         };
-        let weights = buffer(BufferKind::Trainable, layout.weights, dtypes.compute)?;
+        let weights = buffer(BufferKind::Trainable, layout.weights, form.compute)?;
         let owned = map.owned_len(index, BufferKind::Trainable);
-        let state = |kind: Kind| {
-            Tensor::f_zeros([owned as i64], (kind, device)).map_err(torch_error(&unit.name))
-        };
+        let mut state = |kind: Kind| state(kind, owned).map_err(torch_error(&unit.name));
         let parts = unit.parts();
         Ok(Self {
             name: unit.name.clone(),
@@ -81,11 +82,11 @@ impl UnitState {
                 .owned()
                 .map(|(own, local)| segments(&parts, &own, local.start))
                 .collect(),
-            frozen: buffer(BufferKind::Frozen, layout.weights, dtypes.compute)?,
+            frozen: buffer(BufferKind::Frozen, layout.weights, form.compute)?,
             gradients: buffer(BufferKind::Trainable, layout.gradients, Kind::Float)?,
             master: state(Kind::Float)?,
-            exp_avg: state(dtypes.moments)?,
-            exp_avg_sq: state(dtypes.moments)?,
+            exp_avg: state(form.moments)?,
+            exp_avg_sq: state(form.moments)?,
             parts,
             weights,
         })
@@ -154,45 +155,51 @@ impl UnitState {
     }
 
     /// Updates the slice of a piece as decided: moments, master weights, and this rank's part of
-    /// the weights.
+    /// the weights. Moments and master weights in host memory pass through `offload`.
     pub(super) fn update(
         &mut self,
         position: usize,
         adamw: &AdamW,
         decision: &Decision,
+        offload: Option<&mut Offload>,
         clock: &mut CommClock,
     ) -> Result<(), ZeroError> {
-        let torch = torch_error(&self.name);
         let gradient = self.gradients.own(position, clock)?;
         let weights = self.weights.own(position, clock)?;
-        let start = self.weights.local(position).start;
-        for Segment { range, decay } in &self.segments[position] {
-            let state = |tensor: &Tensor| slice_of(tensor, range).map_err(&torch);
-            let within = range.start - start..range.end - start;
-            let part = |tensor: &Tensor| slice_of(tensor, &within).map_err(&torch);
-            let settings = if *decay {
-                *adamw
-            } else {
-                AdamW {
-                    weight_decay: 0.0,
-                    ..*adamw
-                }
-            };
-            let owned = adamw::State {
-                master: &mut state(&self.master)?,
-                exp_avg: &mut state(&self.exp_avg)?,
-                exp_avg_sq: &mut state(&self.exp_avg_sq)?,
-            };
-            adamw::step(
-                &settings,
-                owned,
-                &part(&gradient)?,
-                Some(&mut part(&weights)?),
-                decision,
-            )
-            .map_err(kernel_error(&self.name))?;
-        }
-        Ok(())
+        let slice = self.weights.local(position);
+        let segments = &self.segments[position];
+        let step = |range: Range<usize>, [master, exp_avg, exp_avg_sq]: &mut [Tensor; 3]| {
+            for Segment { elements, decay } in within(segments, &range) {
+                let part = |tensor: &Tensor, base: usize| {
+                    let part = elements.start - base..elements.end - base;
+                    slice_of(tensor, &part).map_err(offload::torch)
+                };
+                let settings = if decay {
+                    *adamw
+                } else {
+                    AdamW {
+                        weight_decay: 0.0,
+                        ..*adamw
+                    }
+                };
+                let owned = adamw::State {
+                    master: &mut part(master, range.start)?,
+                    exp_avg: &mut part(exp_avg, range.start)?,
+                    exp_avg_sq: &mut part(exp_avg_sq, range.start)?,
+                };
+                adamw::step(
+                    &settings,
+                    owned,
+                    &part(&gradient, slice.start)?,
+                    Some(&mut part(&weights, slice.start)?),
+                    decision,
+                )?;
+            }
+            Ok(())
+        };
+        let state = [&self.master, &self.exp_avg, &self.exp_avg_sq];
+        each_portion(offload, state, slice.clone(), Way::InAndOut, step)
+            .map_err(kernel_error(&self.name))
     }
 
     /// Sets the whole gradient of a piece to zero for the next step. Where only slices are held,
@@ -209,15 +216,41 @@ impl UnitState {
     }
 
     /// Writes this rank's part of the weights from the master weights.
-    pub(super) fn publish(&mut self, clock: &mut CommClock) -> Result<(), ZeroError> {
+    pub(super) fn publish(
+        &mut self,
+        mut offload: Option<&mut Offload>,
+        clock: &mut CommClock,
+    ) -> Result<(), ZeroError> {
         let owned: Vec<_> = self.weights.owned().collect();
         for (position, (_, local)) in owned.into_iter().enumerate() {
-            let mut weights = self.weights.own(position, clock)?;
-            let master = slice_of(&self.master, &local).map_err(torch_error(&self.name))?;
-            cast::forward(&master, &mut weights).map_err(kernel_error(&self.name))?;
+            let weights = self.weights.own(position, clock)?;
+            let start = local.start;
+            let write = |range: Range<usize>, [master]: &mut [Tensor; 1]| {
+                let part = range.start - start..range.end - start;
+                let mut weights = slice_of(&weights, &part).map_err(offload::torch)?;
+                cast::forward(master, &mut weights)
+            };
+            let offload = offload.as_deref_mut();
+            each_portion(offload, [&self.master], local, Way::In, write)
+                .map_err(kernel_error(&self.name))?;
         }
         Ok(())
     }
+}
+
+/// What of `segments` lies in `range`, which like them counts elements of the owned state.
+fn within<'a>(
+    segments: &'a [Segment],
+    range: &'a Range<usize>,
+) -> impl Iterator<Item = Segment> + 'a {
+    let cut = |segment: &Segment| Segment {
+        elements: segment.elements.start.max(range.start)..segment.elements.end.min(range.end),
+        decay: segment.decay,
+    };
+    segments
+        .iter()
+        .map(cut)
+        .filter(|segment| !segment.elements.is_empty())
 }
 
 /// Splits the own slice of a piece into runs of equal treatment, as elements of the owned state, in
@@ -236,9 +269,9 @@ fn segments(parts: &[Part], own: &Range<usize>, base: usize) -> Vec<Segment> {
         }
         let range = base + start - own.start..base + end - own.start;
         match segments.last_mut() {
-            Some(last) if last.decay == part.tensor.decay => last.range.end = range.end,
+            Some(last) if last.decay == part.tensor.decay => last.elements.end = range.end,
             _ => segments.push(Segment {
-                range,
+                elements: range,
                 decay: part.tensor.decay,
             }),
         }
@@ -299,17 +332,21 @@ mod tests {
             segments(&parts, &(64..448), 0),
             [
                 Segment {
-                    range: 0..36,
+                    elements: 0..36,
                     decay: false
                 },
                 Segment {
-                    range: 64..384,
+                    elements: 64..384,
                     decay: true
                 },
             ]
         );
         assert_eq!(segments(&parts, &(512..576), 64), []);
         let second = segments(&parts, &(448..512), 384);
-        assert_eq!(second[0].range, 384..436);
+        assert_eq!(second[0].elements, 384..436);
+        let whole = segments(&parts, &(64..448), 0);
+        let part: Vec<_> = within(&whole, &(20..80)).map(|it| it.elements).collect();
+        assert_eq!(part, [20..36, 64..80]);
+        assert_eq!(within(&whole, &(40..60)).count(), 0);
     }
 }

@@ -33,6 +33,7 @@ fn free_keys_do_not_count() {
         "parallel.shard_size=2",
         "parallel.prefetch_units=4",
         "parallel.recompute=full",
+        "parallel.recompute=attention",
         "checkpoint.every_steps=7",
         "checkpoint.keep=9",
         "checkpoint.dir=/c",
@@ -53,6 +54,13 @@ fn free_keys_do_not_count() {
         "model.dtype=bf16",
     ];
     assert_eq!(differences(&free, 1), Vec::<String>::new());
+}
+
+/// Where state lies changes no bit; the device it takes is free as well.
+#[test]
+fn offload_is_free() {
+    let sets = ["optimizer.offload=true", "run.device=cuda"];
+    assert_eq!(differences(&sets, 0), Vec::<String>::new());
 }
 
 #[test]

@@ -266,6 +266,27 @@ than 0.99609375: a moment that decays by less than 1/256 per step would round ba
 }
 
 #[test]
+fn offload_needs_memory_other_than_the_processors() {
+    let with = |device: &str| {
+        let text = minimal_with("lr = 1e-3", "lr = 1e-3\noffload = true");
+        format!("{text}\n[run]\ndevice = \"{device}\"\n")
+    };
+    let auto = minimal_with("lr = 1e-3", "lr = 1e-3\noffload = true");
+    assert_text(
+        &refusal(&auto),
+        "`optimizer.offload` is true with `run.device` \"auto\", which is the processor: it computes \
+in host memory already, and there is no other to move the optimizer's state to
+  --> run.toml:10:11
+   |
+10 | offload = true
+   |           ^^^^
+   = help: remove `offload`, or set `device = \"cuda\"`",
+    );
+    assert!(refusal(&with("cpu")).contains("with `run.device` \"cpu\": it computes"));
+    assert!(load(&with("cuda")).unwrap().optimizer.offload);
+}
+
+#[test]
 fn a_number_out_of_range_is_refused() {
     assert_text(
         &refusal(&minimal_with("lr = 1e-3", "lr = nan")),

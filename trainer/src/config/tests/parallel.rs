@@ -83,6 +83,12 @@ fn refusals_say_what_to_write() {
             "write `shard_size = 4`, without quotes",
         ),
         ("parallel.prefetch=2", "did you mean `prefetch_units`?"),
+        ("parallel.recompute=false", "write `recompute = \"none\"`"),
+        (
+            "parallel.recompute=true",
+            "write which: `recompute` is \"attention\" or \"full\"",
+        ),
+        ("parallel.recompute=atention", "did you mean \"attention\"?"),
         ("run.trace_step=[1, 2]", "did you mean `trace_steps`?"),
         (
             "guard.replica_check=5",

@@ -64,7 +64,7 @@ fn every_choice_is_a_value_of_its_type() {
         ("model.residual_dtype", &["fp32", "bf16"]),
         ("parallel.shard_size", &["node", "world"]),
         ("parallel.grad_reduce_dtype", &["fp32", "bf16"]),
-        ("parallel.recompute", &["none", "full"]),
+        ("parallel.recompute", &["none", "attention", "full"]),
         ("data.packing", &["concat"]),
         (
             "optimizer.schedule",

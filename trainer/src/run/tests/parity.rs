@@ -4,8 +4,8 @@ use oxitron_kernels::cuda::emulated;
 
 use super::runner::{Runner, Setting, Sharding, Weights, assemble, staged};
 use crate::comm::Comm;
-use crate::config::Dtype;
-use crate::plan::StepShape;
+use crate::config::{Dtype, Recompute};
+use crate::plan::{Home, StepShape};
 use crate::testing::counter_hash::projection;
 use crate::testing::golden::{self, Golden, numbers};
 
@@ -35,11 +35,12 @@ fn follow_pytorch() {
             rope_base,
             dtype: Dtype::Fp32,
             moments: Dtype::Fp32,
+            home: Home::Device,
             weights: Weights::CounterHash(scales),
             shape: StepShape {
                 accumulation: 2,
                 overlap: true,
-                recompute: false,
+                recompute: Recompute::None,
                 prefetch_units: 1,
             },
             sharding: Sharding::zero_1(1),

@@ -5,8 +5,8 @@ use oxitron_kernels::Threads;
 use super::runner::{Runner, Setting, Sharding, Weights};
 use super::samples;
 use crate::comm::Comm;
-use crate::config::{Dtype, ModelConfig};
-use crate::plan::StepShape;
+use crate::config::{Dtype, ModelConfig, Recompute};
+use crate::plan::{Home, StepShape};
 use crate::testing::golden::{self, Golden};
 
 const STEPS: usize = 200;
@@ -40,11 +40,12 @@ fn losses(dtype: Dtype) -> Vec<f64> {
         rope_base: model.rope_base,
         dtype,
         moments: Dtype::Fp32,
+        home: Home::Device,
         weights: Weights::Seed(7),
         shape: StepShape {
             accumulation: 1,
             overlap: true,
-            recompute: false,
+            recompute: Recompute::None,
             prefetch_units: 1,
         },
         sharding: Sharding::zero_1(1),

@@ -1,11 +1,13 @@
 //! The same training on other numbers of ranks and micro-batches.
 
+use oxitron_kernels::cuda::emulated;
+
 use super::runner::{Runner, Setting, Sharding, Weights, assemble, staged};
 use super::samples::{self, Sample};
 use crate::comm::Comm;
-use crate::config::{Dtype, ModelConfig, Patterns};
+use crate::config::{Dtype, ModelConfig, Patterns, Recompute};
 use crate::model::{Batch, describe};
-use crate::plan::{Layout, StepShape};
+use crate::plan::{Home, Layout, StepShape};
 use crate::run::{RunError, ranks::Ranks, replicas};
 use crate::testing::golden::{self, Golden};
 use crate::testing::tiny::{Tensors, relative_error};
@@ -52,10 +54,13 @@ pub struct Mesh {
     pub ranks: usize,
     pub accumulation: usize,
     pub overlap: bool,
-    pub recompute: bool,
+    pub recompute: Recompute,
     pub prefetch_units: usize,
     pub sharding: Sharding,
     pub moments: Dtype,
+    pub home: Home,
+    /// Whether ops run the kernels of GPUs.
+    pub emulated: bool,
 }
 
 impl Mesh {
@@ -65,7 +70,7 @@ impl Mesh {
             ranks,
             accumulation,
             overlap: true,
-            recompute: false,
+            recompute: Recompute::None,
             prefetch_units: 1,
             sharding: Sharding {
                 zero_stage,
@@ -73,7 +78,14 @@ impl Mesh {
                 piece: 2048,
             },
             moments: Dtype::Fp32,
+            home: Home::Device,
+            emulated: false,
         }
+    }
+
+    /// Runs something on the kernels of the mesh.
+    pub fn on_its_kernels<R>(&self, run: impl FnOnce() -> R) -> R {
+        if self.emulated { emulated(run) } else { run() }
     }
 
     pub fn alone() -> Self {
@@ -110,6 +122,7 @@ pub fn setting(model: &ModelConfig, mesh: Mesh) -> Setting<'_> {
         rope_base: 10_000.0,
         dtype: Dtype::Fp32,
         moments: mesh.moments,
+        home: mesh.home,
         weights: Weights::Seed(7),
         shape: StepShape {
             accumulation: mesh.accumulation,
@@ -126,7 +139,7 @@ pub fn setting(model: &ModelConfig, mesh: Mesh) -> Setting<'_> {
 fn train(model: &ModelConfig, mesh: Mesh, steps: usize) -> Trained {
     let samples = samples(model.vocab_size);
     let setting = setting(model, mesh);
-    let mut results = on_every_rank(mesh.ranks, |comm| {
+    let train = |comm: &Comm| {
         let mut runner = Runner::new(setting, comm);
         let initial = staged(&mut runner.zero);
         let reports: Vec<(f64, f64)> = samples
@@ -139,7 +152,8 @@ fn train(model: &ModelConfig, mesh: Mesh, steps: usize) -> Trained {
             })
             .collect();
         (initial, reports, staged(&mut runner.zero))
-    });
+    };
+    let mut results = on_every_rank(mesh.ranks, |comm| mesh.on_its_kernels(|| train(comm)));
     for (rank, (_, reports, _)) in results.iter().enumerate() {
         assert_eq!(
             reports, &results[0].1,
@@ -270,14 +284,41 @@ fn neither_time_nor_overlap_changes_a_bit() {
             };
             let late = Mesh {
                 prefetch_units: 0,
-                recompute: true,
+                recompute: Recompute::Full,
                 ..mesh
             };
-            for other in [mesh, serial, ahead, late] {
+            let between = Mesh {
+                recompute: Recompute::Attention,
+                ..mesh
+            };
+            for other in [mesh, serial, ahead, late, between] {
                 let again = train(&model, other, FEW_STEPS);
                 assert_eq!(first.losses, again.losses, "{other:?}");
                 assert_eq!(first.norms, again.norms, "{other:?}");
                 assert_eq!(first.weights, again.weights, "{other:?}");
+            }
+        }
+    }
+}
+
+/// Nor does what blocks keep, on the kernels of GPUs as on those of a processor.
+#[test]
+fn recomputation_changes_no_bit_of_a_training() {
+    let model = model(false, &FROZEN);
+    for emulated in [false, true] {
+        for (zero_stage, ranks) in [(0, 1), (3, 2)] {
+            let with = |recompute: Recompute| {
+                let mesh = Mesh {
+                    recompute,
+                    emulated,
+                    ..Mesh::new(zero_stage, ranks, ranks, 2)
+                };
+                let trained = train(&model, mesh, FEW_STEPS);
+                (trained.losses, trained.norms, trained.weights)
+            };
+            let kept = with(Recompute::None);
+            for recompute in [Recompute::Attention, Recompute::Full] {
+                assert!(kept == with(recompute), "{recompute}, emulated {emulated}");
             }
         }
     }

@@ -17,6 +17,7 @@ use super::samples::Sample;
 use crate::checkpoint::{Checkpoint, ManifestMeta, PieceData, ScheduleState, commit, save_part};
 use crate::comm::Comm;
 use crate::config::{Dtype, ModelConfig};
+use crate::plan::Home;
 use crate::zero::StateKind;
 
 /// Steps before the save.
@@ -142,13 +143,14 @@ fn train_and_save(model: &ModelConfig, mesh: Mesh, folder: &Path) -> (Vec<f64>, 
     let samples = samples(model.vocab_size);
     let (before, rest) = samples.split_at(BEFORE * SAMPLES);
     let setting = setting(model, mesh);
-    let results = on_every_rank(mesh.ranks, |comm| {
+    let train = |comm: &Comm| {
         let mut runner = Runner::new(setting, comm);
         let mut losses = walk(&mut runner, comm, &mesh, before);
         let staged = save(&mut runner, comm, folder);
         losses.extend(walk(&mut runner, comm, &mesh, &rest[..AFTER * SAMPLES]));
         (losses, staged)
-    });
+    };
+    let results = on_every_rank(mesh.ranks, |comm| mesh.on_its_kernels(|| train(comm)));
     let losses = results[0].0.clone();
     let state = assemble(results.into_iter().flat_map(|(_, staged)| staged));
     (losses, state)
@@ -162,11 +164,12 @@ fn load_and_train(model: &ModelConfig, mesh: Mesh, checkpoint: &Checkpoint) -> (
         weights: Weights::Checkpoint(checkpoint),
         ..setting(model, mesh)
     };
-    let results = on_every_rank(mesh.ranks, |comm| {
+    let train = |comm: &Comm| {
         let mut runner = Runner::new(setting, comm);
         let staged = staged(&mut runner.zero);
         (staged, walk(&mut runner, comm, &mesh, rest))
-    });
+    };
+    let results = on_every_rank(mesh.ranks, |comm| mesh.on_its_kernels(|| train(comm)));
     let losses = results[0].1.clone();
     let state = assemble(results.into_iter().flat_map(|(staged, _)| staged));
     (state, losses)
@@ -240,6 +243,74 @@ fn ranks_that_saved_with_zero_2_resume_on_every_mesh() {
 #[test]
 fn ranks_that_saved_with_zero_3_resume_on_every_mesh() {
     every_pair(3, true, &FROZEN);
+}
+
+/// Optimizer state in host memory passes through the device without a trace: the same bits as where
+/// it lies there, saved, loaded on the other side, and trained on.
+#[test]
+fn state_in_host_memory_changes_no_bit_and_moves_to_the_device_and_back() {
+    let model = small(true, &FROZEN);
+    let scratch = tempfile::tempdir().unwrap();
+    for (ranks, shard) in [(1, 1), (2, 2)] {
+        for zero_stage in 0..4 {
+            let on = |home: Home, moments: Dtype| Mesh {
+                home,
+                moments,
+                emulated: true,
+                ..Mesh::new(zero_stage, ranks, shard, 2)
+            };
+            for moments in [Dtype::Fp32, Dtype::Bf16] {
+                let save = |home: Home| {
+                    let folder = format!("{zero_stage}-{ranks}-{moments:?}-{home:?}");
+                    let folder = scratch.path().join(folder);
+                    let trained = train_and_save(&model, on(home, moments), &folder);
+                    (trained, Checkpoint::open(&folder).unwrap())
+                };
+                let (device, device_checkpoint) = save(Home::Device);
+                let (host, host_checkpoint) = save(Home::Host);
+                let what = format!("ZeRO-{zero_stage} on {ranks} ranks, moments {moments:?}");
+                assert_eq!(host.0, device.0, "{what}: losses");
+                assert!(host.1 == device.1, "{what}: state");
+                for (home, checkpoint) in [
+                    (Home::Host, &device_checkpoint),
+                    (Home::Device, &host_checkpoint),
+                ] {
+                    let mesh = on(home, moments);
+                    let (loaded, resumed) = load_and_train(&model, mesh, checkpoint);
+                    assert!(loaded == device.1, "{what}: loaded on {home:?}");
+                    assert_eq!(resumed, device.0[BEFORE..], "{what}: resumed on {home:?}");
+                }
+            }
+        }
+    }
+}
+
+/// Moments that lie in host memory are forgotten, and the weights stay.
+#[test]
+fn moments_in_host_memory_begin_afresh() {
+    let model = small(false, &[]);
+    let mesh = Mesh {
+        home: Home::Host,
+        emulated: true,
+        ..Mesh::alone()
+    };
+    let samples = samples(model.vocab_size);
+    let (before, after) = mesh.on_its_kernels(|| {
+        let comm = Comm::solo();
+        let mut runner = Runner::new(setting(&model, mesh), &comm);
+        walk(&mut runner, &comm, &mesh, &samples[..SAMPLES]);
+        let before = assemble(staged(&mut runner.zero));
+        runner.zero.reset_moments().unwrap();
+        (before, assemble(staged(&mut runner.zero)))
+    });
+    for ((name, kind), bits) in after {
+        let moved = &before[&(name, kind)];
+        if kind == StateKind::Master {
+            assert!(bits == *moved);
+        } else {
+            assert!(bits.iter().all(|&bits| bits == 0) && moved.iter().any(|&bits| bits != 0));
+        }
+    }
 }
 
 /// Moments in bf16 come back bit for bit on any mesh, also into fp32; those in fp32 are rounded

@@ -9,14 +9,14 @@ use crate::checkpoint::Checkpoint;
 use crate::comm::{Comm, Lane, Wire};
 use crate::config::{Dtype, ModelConfig};
 use crate::model::{Activations, Batch, Decoder, describe};
-use crate::plan::{Action, Layout, ShardMap, StepShape, emit_opening, emit_step};
+use crate::plan::{Action, Home, Layout, ShardMap, StepShape, emit_opening, emit_step};
 use crate::run::control::{Agreement, Control, Flags};
 use crate::run::plan::kind;
 use crate::run::step::{Pass, Rules, Step};
 use crate::run::trace::Tracer;
 use crate::testing::counter_hash::{self, Scales};
 use crate::testing::tiny::Tensors;
-use crate::zero::{Groups, InitialValues, StagedPiece, StateDtypes, StateKind, Zero, ZeroError};
+use crate::zero::{Groups, InitialValues, StagedPiece, StateForm, StateKind, Zero, ZeroError};
 
 /// Where weights begin.
 #[derive(Clone, Copy)]
@@ -55,6 +55,7 @@ pub struct Setting<'a> {
     pub rope_base: f64,
     pub dtype: Dtype,
     pub moments: Dtype,
+    pub home: Home,
     pub weights: Weights<'a>,
     pub shape: StepShape,
     pub sharding: Sharding,
@@ -92,12 +93,15 @@ impl Runner {
         let layout = Layout::new(zero_stage, comm.world(), shard);
         let map = ShardMap::with_pieces_of(&units, layout.mesh.shard, piece);
         let groups = Groups::new(comm, &layout.mesh).unwrap();
-        let dtypes = StateDtypes {
+        let dtypes = StateForm {
             compute: decoder.compute_kind(),
             moments: kind(setting.moments),
             wire: Wire::F32,
+            home: setting.home,
         };
         let mut zero = Zero::new(&units, &map, &layout, groups, dtypes, Device::Cpu).unwrap();
+        // State in host memory passes in several portions, the last one shorter.
+        zero.cut_portions(192);
         zero.load(|spec, state, range, out| {
             match (setting.weights, state) {
                 (Weights::Checkpoint(checkpoint), _) => {
