@@ -20,6 +20,9 @@ pub struct RankBatch {
     pub tokens: u64,
     /// Positions of the whole global batch that predict a token.
     pub target_tokens: u64,
+    /// What attention costs in the whole global batch: the sum of the squared lengths of the
+    /// stretches that attend to each other.
+    pub attention_cost: u128,
     /// Index in the run of the first sample of the global batch. Not before where the stream stood:
     /// samples that were left out may lie in between.
     pub first_sample: u64,
@@ -165,6 +168,7 @@ fn prepare(stream: &mut Stream, options: LoaderOptions) -> Result<RankBatch> {
         samples: index.samples.len(),
         tokens: index.tokens(),
         target_tokens: index.target_tokens(),
+        attention_cost: index.attention_cost(),
         first_sample,
         next_sample,
         left_out,

@@ -85,6 +85,11 @@ impl BatchIndex {
         self.samples.iter().map(SampleIndex::target_tokens).sum()
     }
 
+    /// What attention costs in the whole batch.
+    pub fn attention_cost(&self) -> u128 {
+        self.samples.iter().map(SampleIndex::attention_cost).sum()
+    }
+
     /// Tokens of the whole batch that are not padding.
     pub fn tokens(&self) -> u64 {
         self.samples.iter().map(SampleIndex::tokens).sum()

@@ -27,6 +27,7 @@ STEP_TAGS = {
     "throughput/tokens_per_second": "tokens_per_second",
     "throughput/tgs": "tgs",
     "throughput/mfu": "mfu",
+    "throughput/mfu_full": "mfu_full",
     "throughput/hfu": "hfu",
     "seconds/step": "step_seconds",
     "seconds/data_wait": "data_wait_seconds",
@@ -35,7 +36,7 @@ STEP_TAGS = {
     "seconds/optimizer": "optimizer_seconds",
     "memory/peak_bytes": "peak_bytes",
 }
-MAY_BE_ABSENT = {"mfu", "hfu"}
+MAY_BE_ABSENT = {"mfu", "mfu_full", "hfu"}
 
 
 def lines(path):

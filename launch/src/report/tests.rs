@@ -43,6 +43,7 @@ fn step(k: u64) -> StepRecord {
         tokens_per_second,
         tgs: tokens_per_second / 2.0,
         mfu: Some(0.38 + 0.01 * noise(k, 4)),
+        mfu_full: Some(0.42),
         hfu: Some(0.45),
         step_seconds: BATCH_TOKENS as f64 / tokens_per_second,
         data_wait_seconds: 0.004,

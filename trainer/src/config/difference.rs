@@ -39,6 +39,7 @@ const FREE: &[&str] = &[
     "run.device",
     "run.deterministic",
     "run.threads",
+    "run.peak_tflops",
     "run.trace_steps",
     "run.time_limit",
     "model.preset",

@@ -68,6 +68,10 @@ pub(super) const RUN: &[Key] = &[
          it tries whether libtorch does so faster."),
     key("threads", Integer(1, 4096), Absent("the cores of the machine divided by its ranks"),
         "threads per rank", "Compute threads."),
+    key("peak_tflops", Number(Positive), Absent("known by the name of the GPU"), "TFLOP/s per rank",
+        "What a rank's device does at most in dense bf16 products: what `mfu` and `hfu` are shares \
+         of. Without it the names of common GPUs are known; on another device, and in fp32, they are \
+         left out."),
     key("trace_steps", IntegerPair(1, MAX_STEPS), Absent("no trace"), "steps",
         "First and last step, counted from 1, both included, of which every rank writes a trace \
          into `run.dir/trace/`, for Perfetto or `chrome://tracing`."),
@@ -217,6 +221,9 @@ pub(super) const OPTIMIZER: &[Key] = &[
 pub(super) const CHECKPOINT: &[Key] = &[
     key("every_steps", Integer(1, MAX_STEPS), Is("500"), "steps",
         "Save interval; the end of each stage is saved too."),
+    key("at_end", Boolean, Is("true"), "",
+        "The end of the last stage is saved. `false` leaves nothing behind that the run could be \
+         extended or exported from: for benchmarks and trials."),
     key("keep", Integer(1, 1 << 20), Is("3"), "checkpoints", "Newest checkpoints kept."),
     key("keep_every", Integer(1, MAX_STEPS), Absent("none"), "steps",
         "Checkpoints whose step is a multiple of this are kept for good, beside the newest; a \

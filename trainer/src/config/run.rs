@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::time_span::TimeSpan;
 
 /// `[run]`: what the run is called, where it lies, where it runs.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RunConfig {
     /// Name of the run.
     pub name: String,
@@ -22,6 +22,9 @@ pub struct RunConfig {
     /// Compute threads per rank; `None` leaves it to the launcher.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threads: Option<usize>,
+    /// What a device does at most, in 10¹² bf16 operations per second; `None` goes by its name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peak_tflops: Option<f64>,
     /// Steps of which every rank writes a trace; `None` writes none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub trace_steps: Option<TraceSteps>,
@@ -88,6 +91,8 @@ pub struct ValidationConfig {
 pub struct CheckpointConfig {
     /// Interval in steps; the end of each stage is saved too.
     pub every_steps: u64,
+    /// Whether the end of the last stage is saved.
+    pub at_end: bool,
     /// Newest checkpoints kept, at least 1.
     pub keep: usize,
     /// Checkpoints whose step is a multiple of this are kept for good; a multiple of `every_steps`.

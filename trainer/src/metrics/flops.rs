@@ -1,6 +1,6 @@
 //! Counting the arithmetic of training, and what share of the machine it uses.
 //!
-//! The convention, named wherever a figure is shown ([`CONVENTION`]):
+//! The convention of `mfu` and `hfu`, named wherever a figure is shown ([`CONVENTION`]):
 //!
 //! - Matrix products cost `6·N_mm` FLOPs per position: 2 forward and 4 backward for each of the
 //!   `N_mm` weights that enter one. The head counts (a tied matrix once, as head); the embedding
@@ -11,12 +11,17 @@
 //! - MFU divides this by what the ranks could do at their stated peak. HFU adds what blocks compute
 //!   again in the backward pass. What flash attention recomputes inside its own backward counts in
 //!   neither.
+//!
+//! Most published figures count attention otherwise: `mfu_full` takes all pairs of positions of a
+//! sample, `12·L·n_q·d·seq_len²` in all, as if there were neither a causal mask nor documents. It is
+//! the figure to hold against theirs, and above `mfu` for the same step.
 
-use crate::config::Recompute;
+use crate::config::{ModelConfig, Recompute};
 
 /// The convention in words, for logs and reports.
 pub const CONVENTION: &str =
-    "6·N_mm per position plus causal attention over true document lengths; peak as stated";
+    "6·N_mm per position plus causal attention over true document lengths; peak as stated, or \
+     known by the name of the GPU";
 
 /// The sizes of a LLaMA-style decoder that decide its arithmetic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,6 +61,27 @@ impl DecoderShape {
     /// `N_mm`: weights that enter a matrix product for every position.
     pub fn matmul_weights(&self) -> u64 {
         self.layers * self.block_weights() + self.hidden * self.vocab
+    }
+
+    /// The shape of a configured model.
+    pub fn of(model: &ModelConfig) -> Self {
+        Self {
+            layers: model.num_layers as u64,
+            hidden: model.hidden_size as u64,
+            heads: model.num_heads as u64,
+            kv_heads: model.num_kv_heads as u64,
+            head_dim: model.head_dim as u64,
+            intermediate: model.intermediate_size as u64,
+            vocab: model.vocab_size as u64,
+        }
+    }
+
+    /// FLOPs of a step over `samples` samples of `seq_len` positions in the convention that counts
+    /// every pair of positions of a sample: the numerator of `mfu_full`.
+    pub fn full_attention_step(&self, samples: u64, seq_len: u64) -> f64 {
+        let positions = samples as f64 * seq_len as f64;
+        let pairs = (self.layers * self.heads * self.head_dim) as f64 * positions * seq_len as f64;
+        6.0 * self.matmul_weights() as f64 * positions + 12.0 * pairs
     }
 
     /// FLOPs of a step over `positions` positions whose documents have `squared_lengths` as the
@@ -163,6 +189,17 @@ mod tests {
         let halves = LLAMA3_8B.step(4096, 2 * 2048 * 2048, Recompute::None).model;
         let attention = 6.0 * (32 * 32 * 128) as f64 * (4096.0 * 4096.0 - 2.0 * 2048.0 * 2048.0);
         assert_eq!(whole - halves, attention);
+    }
+
+    #[test]
+    fn the_full_convention_counts_masked_pairs_too() {
+        // Its attention is twice that of samples of one document.
+        let whole = INTERNLM2_1_8B.step(2 * 4096, 2 * 4096 * 4096, Recompute::None).model;
+        let full = INTERNLM2_1_8B.full_attention_step(2, 4096);
+        let products = 6.0 * INTERNLM2_1_8B.matmul_weights() as f64 * 8192.0;
+        assert_eq!(full - products, 2.0 * (whole - products));
+        // 6·N_mm + 12·L·d·T, as published, per position.
+        assert_eq!((full - products) / 8192.0, 12.0 * 24.0 * 2048.0 * 4096.0);
     }
 
     #[test]

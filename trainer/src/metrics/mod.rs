@@ -19,12 +19,14 @@
 //! the session marks that the writer leaves.
 //!
 //! **Honest figures.** Tokens per second count positions; valid targets are counted apart. MFU and
-//! HFU follow one convention, named in [`flops`], and are absent when nobody stated the peak.
+//! HFU follow the conventions named in [`flops`], and are absent where the peak of the device is
+//! neither stated nor in the table of [`peaks`].
 //!
 //! Nothing here knows tensors, ranks or devices: the module is files, text and arithmetic.
 
 pub mod flops;
 pub mod logging;
+pub mod peaks;
 pub mod units;
 
 mod event;

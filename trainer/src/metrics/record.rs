@@ -36,8 +36,11 @@ pub struct StepRecord {
     pub tokens_per_second: f64,
     /// The same per rank.
     pub tgs: f64,
-    /// Model FLOPs utilisation between 0 and 1; absent when the peak is not known.
+    /// Model FLOPs utilisation between 0 and 1, attention counted causally inside documents; absent
+    /// when the peak is not known.
     pub mfu: Option<f64>,
+    /// The same with every pair of a sample's positions counted, as most published figures have it.
+    pub mfu_full: Option<f64>,
     /// Hardware FLOPs utilisation (recomputation counted) between 0 and 1.
     pub hfu: Option<f64>,
     /// Wall time of the step, from the end of the step before it.
@@ -86,6 +89,9 @@ impl StepRecord {
         if let Some(mfu) = self.mfu {
             line.push_str(&format!(" | mfu {}", percent(mfu)));
         }
+        if let Some(mfu) = self.mfu_full {
+            line.push_str(&format!(" (full attention {})", percent(mfu)));
+        }
         line.push_str(&format!(
             " | {:.2} s (exposed comm {}, data {}) | {} tokens",
             self.step_seconds,
@@ -126,6 +132,7 @@ mod tests {
             tokens_per_second: 12_345.0,
             tgs: 6172.5,
             mfu: Some(0.412),
+            mfu_full: Some(0.5),
             hfu: None,
             step_seconds: 2.0,
             data_wait_seconds: 0.01,
@@ -147,7 +154,7 @@ mod tests {
             .map(String::as_str)
             .collect();
         let expected = "step attempt stage seq_len loss grad_norm lr tokens target_tokens samples \
-                        tokens_per_second tgs mfu hfu step_seconds data_wait_seconds comm_seconds \
+                        tokens_per_second tgs mfu mfu_full hfu step_seconds data_wait_seconds comm_seconds \
                         exposed_comm_seconds optimizer_seconds peak_bytes skipped";
         assert_eq!(keys, expected.split_whitespace().collect::<Vec<_>>());
     }
@@ -177,11 +184,12 @@ mod tests {
         assert_eq!(
             record().log_line(Some(400)),
             "step  12/400 | 4k | loss 3.4521 | grad norm 0.812 | lr 3.00e-4 | 12.3k tok/s | \
-             mfu 41.2% | 2.00 s (exposed comm 3.0%, data 0.5%) | 786k tokens"
+             mfu 41.2% (full attention 50.0%) | 2.00 s (exposed comm 3.0%, data 0.5%) | 786k tokens"
         );
         let skipped = StepRecord {
             skipped: true,
             mfu: None,
+            mfu_full: None,
             ..record()
         };
         let line = skipped.log_line(None);
@@ -189,6 +197,6 @@ mod tests {
             line.starts_with("step 12 |") && line.ends_with("| SKIPPED"),
             "{line}"
         );
-        assert!(!line.contains("mfu"), "{line}");
+        assert!(!line.contains("mfu") && !line.contains("full"), "{line}");
     }
 }

@@ -106,6 +106,7 @@ impl MetricsWriter {
             ("memory/peak_bytes", record.peak_bytes as f64),
         ];
         scalars.extend(record.mfu.map(|mfu| ("throughput/mfu", mfu)));
+        scalars.extend(record.mfu_full.map(|mfu| ("throughput/mfu_full", mfu)));
         scalars.extend(record.hfu.map(|hfu| ("throughput/hfu", hfu)));
         self.tensorboard
             .scalars(unix_seconds(), record.step, &scalars)

@@ -45,6 +45,8 @@ pub(super) struct Taken {
     pub(super) samples: Range<u64>,
     /// How many of them it has trained on.
     pub(super) sample_count: u64,
+    /// Squared lengths of their documents, summed.
+    pub(super) attention_cost: u64,
     pub(super) lr: f64,
     pub(super) began: Instant,
     pub(super) data_wait: Duration,

@@ -10,6 +10,7 @@ use super::memory::Peak;
 use super::plan::{dtype_name, kind};
 use crate::comm::Comm;
 use crate::config::{self, Config, Dtype};
+use crate::metrics::peaks;
 
 /// The device that the configuration names, for a plan: nothing is asked of it.
 pub fn planned(config: &Config) -> tch::Device {
@@ -86,4 +87,25 @@ pub(super) fn reset_peak(device: tch::Device) -> Result<(), RunError> {
         _ => memory::reset_peak(),
     }
     Ok(())
+}
+
+/// Most bf16 operations per second of a rank's device: as stated, or known by the name of the GPU.
+/// Nobody states that of a processor, and the share of an unknown peak is not a figure.
+pub(super) fn peak_flops(config: &Config, device: tch::Device, dtype: Dtype) -> Option<f64> {
+    const TERA: f64 = 1e12;
+    if let Some(stated) = config.run.peak_tflops {
+        return Some(stated * TERA);
+    }
+    let (tch::Device::Cuda(ordinal), Dtype::Bf16) = (device, dtype) else {
+        return None;
+    };
+    let name = cuda::devices().ok()?.into_iter().nth(ordinal)?.name;
+    let known = peaks::bf16_tflops(&name);
+    if known.is_none() {
+        tracing::info!(
+            "what a {name} does at most is not known, so `mfu` and `hfu` are left out; state it as \
+             `run.peak_tflops`"
+        );
+    }
+    Some(known? * TERA)
 }

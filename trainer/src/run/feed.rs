@@ -24,6 +24,8 @@ pub(super) struct StepData {
     pub(super) batches: Vec<Batch>,
     /// Samples of the global batch.
     pub(super) count: u64,
+    /// Sum over the global batch of the squared lengths of the stretches that attend to each other.
+    pub(super) attention_cost: u64,
     /// From the first of them to where the next batch begins, by index in the run; samples that are
     /// left out may lie in between.
     pub(super) samples: Range<u64>,
@@ -94,6 +96,7 @@ impl Feed {
         Ok(StepData {
             batches: batches.collect::<Result<_, _>>()?,
             count: batch.samples as u64,
+            attention_cost: u64::try_from(batch.attention_cost).unwrap_or(u64::MAX),
             samples: batch.first_sample..batch.next_sample,
             cursor: batch.cursor,
             wait,

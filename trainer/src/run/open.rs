@@ -101,6 +101,7 @@ impl<'a> Trainer<'a> {
             progress,
             device,
             dtype,
+            peak_flops: device::peak_flops(config, device, dtype),
             plan,
             decoder,
             zero,

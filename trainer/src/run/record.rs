@@ -12,7 +12,7 @@ use super::{
     trainer::{Outcome, Trainer},
 };
 use crate::guard::watchdog::Phase;
-use crate::metrics::{Event, StepRecord, StopReason};
+use crate::metrics::{Event, StepRecord, StopReason, flops::DecoderShape};
 
 impl Trainer<'_> {
     /// Writes down the figures of a step, on the rank that writes them.
@@ -27,11 +27,17 @@ impl Trainer<'_> {
         };
         let stage = &self.config.stages[taken.stage];
         let tokens_per_second = stage.batch_tokens as f64 / step_seconds;
+        let shape = DecoderShape::of(&self.config.model);
+        let seq_len = stage.seq_len as u64;
+        let recompute = self.plan.shapes[taken.stage].recompute;
+        let flops = shape.step(taken.sample_count * seq_len, taken.attention_cost, recompute);
+        let full = shape.full_attention_step(taken.sample_count, seq_len);
+        let used = flops.utilisation(step_seconds, self.ranks.ranks, self.peak_flops);
         let record = StepRecord {
             step: taken.number,
             attempt: self.attempt,
             stage: stage.name.clone(),
-            seq_len: stage.seq_len as u64,
+            seq_len: seq_len,
             loss: agreement.record.mean_loss,
             grad_norm: agreement.record.grad_norm,
             lr: taken.lr,
@@ -40,9 +46,9 @@ impl Trainer<'_> {
             samples: taken.sample_count,
             tokens_per_second,
             tgs: tokens_per_second / self.ranks.ranks as f64,
-            // Nobody states the peak of a CPU; the share of an unknown peak is not a figure.
-            mfu: None,
-            hfu: None,
+            mfu: used.map(|used| used.mfu),
+            mfu_full: used.map(|used| used.mfu * full / flops.model),
+            hfu: used.map(|used| used.hfu),
             step_seconds,
             data_wait_seconds: taken.data_wait.as_secs_f64(),
             comm_seconds: taken.comm.busy.as_secs_f64(),

@@ -20,7 +20,8 @@ impl Trainer<'_> {
     /// The save that is due after the step just taken, if any.
     pub(super) fn purpose(&self, stage_ended: bool, stop: bool) -> Option<Purpose> {
         let policy = &self.config.checkpoint;
-        if stage_ended {
+        let at_end = self.progress.stage >= self.config.stages.len();
+        if stage_ended && (policy.at_end || !at_end) {
             Some(Purpose::StageEnd)
         } else if self.due(policy.every_steps) {
             Some(Purpose::Regular)

@@ -95,6 +95,8 @@ pub(super) struct Trainer<'a> {
     pub(super) ranks: Ranks,
     pub(super) device: Device,
     pub(super) dtype: Dtype,
+    /// Of this rank's device, in operations per second, where it is known.
+    pub(super) peak_flops: Option<f64>,
     pub(super) plan: RunPlan,
     pub(super) decoder: Decoder,
     pub(super) zero: Zero,
@@ -272,6 +274,7 @@ impl<'a> Trainer<'a> {
             tokens: self.progress.tokens,
             samples: data.samples,
             sample_count: data.count,
+            attention_cost: data.attention_cost,
             lr,
             began,
             data_wait: data.wait,

@@ -35,7 +35,7 @@ fn a_key_without_a_neighbour_gets_the_list() {
    |
 18 | zzz = 1
    | ^^^
-   = help: the keys here are: every_steps, keep, keep_every, ephemeral_every_steps, async, when_busy, dir",
+   = help: the keys here are: every_steps, at_end, keep, keep_every, ephemeral_every_steps, async, when_busy, dir",
     );
 }
 

@@ -95,6 +95,8 @@ fn every_default_is_written_out() {
 fn guard_and_save_keys_resolve() {
     let sets = [
         "run.time_limit=90m",
+        "run.peak_tflops=312",
+        "checkpoint.at_end=false",
         "guard.skip_samples=[[64, 128], [100, 140]]",
         "guard.lease=5",
         "guard.watch_interface=eth0",
@@ -116,7 +118,8 @@ fn guard_and_save_keys_resolve() {
     assert_eq!(ranges, [64..128, 100..140]);
     assert_eq!(config.guard.spike_policy, SpikePolicy::Off);
     assert_eq!(config.checkpoint.when_busy, WhenBusy::Wait);
-    assert!(!config.checkpoint.asynchronous);
+    assert!(!config.checkpoint.asynchronous && !config.checkpoint.at_end);
+    assert_eq!(config.run.peak_tflops, Some(312.0));
     let text = config.resolved_toml().unwrap();
     assert!(text.contains("time_limit = \"1h30m\""), "{text}");
     assert!(text.contains("lease = \"5s\""), "{text}");
