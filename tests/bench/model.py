@@ -15,16 +15,17 @@ class Model:
     num_kv_heads: int
     rms_norm_eps: float = 1e-5
     rope_base: float = 10000.0
+    head_dim: int = 0  # hidden_size / num_heads, where it is not given
 
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
+    def __post_init__(self) -> None:
+        if not self.head_dim:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
 
     @property
     def block_parameters(self) -> int:
         """Query, key, value, output; gate, up, down; two norms."""
-        kv_size = self.num_kv_heads * self.head_dim
-        attention = 2 * self.hidden_size * self.hidden_size + 2 * self.hidden_size * kv_size
+        heads = self.num_heads + self.num_kv_heads
+        attention = 2 * self.hidden_size * heads * self.head_dim
         return attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
 
     @property

@@ -10,6 +10,7 @@ one document and the beginning of the next; or samples hold a whole number of do
 
 import json
 import random
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import runs
@@ -53,17 +54,29 @@ def tokenizer(vocab_size: int) -> dict:
 def write(
     binary: Path, folder: Path, vocab_size: int, tokens: int, document_tokens: int | None = None
 ) -> Path:
-    """Writes at least `tokens` tokens of shards into a new folder and returns it."""
+    """Writes at least `tokens` random tokens of shards into a new folder and returns it."""
     document_tokens = document_tokens or DOCUMENT_TOKENS
+    ids = range(FIRST_WORD, vocab_size)
+    draw = random.Random(vocab_size)
+    documents = (
+        [*draw.choices(ids, k=document_tokens - 1), 0] for _ in range(-(-tokens // document_tokens))
+    )
+    return write_documents(binary, folder, vocab_size, documents)
+
+
+def write_documents(
+    binary: Path, folder: Path, vocab_size: int, documents: Iterable[Sequence[int]]
+) -> Path:
+    """Writes shards of these documents into a new folder and returns it. Each ends with the id of
+    the end of text, 0, which the binary adds to what it reads."""
     folder.mkdir(parents=True)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer(vocab_size)))
-    words = [word(token) for token in range(FIRST_WORD, vocab_size)]
-    draw = random.Random(vocab_size)
+    words = [word(token) for token in range(vocab_size)]
     with open(folder / "corpus.jsonl", "w", encoding="ascii") as corpus:
-        for _ in range(-(-tokens // document_tokens)):
-            # The end-of-text id is the last of the document's tokens.
-            text = " ".join(draw.choices(words, k=document_tokens - 1))
-            corpus.write(json.dumps({"text": text}) + "\n")
+        for *ids, end in documents:
+            if end != 0:
+                raise ValueError("a document ends with the end of text")
+            corpus.write(json.dumps({"text": " ".join(words[token] for token in ids)}) + "\n")
     command = [binary, "data", "tokenize", folder / "corpus.jsonl"]
     command += ["--tokenizer", folder / "tokenizer.json", "--out", folder / "shards"]
     runs.run_to_end([str(part) for part in command], folder / "output.txt")

@@ -1,7 +1,7 @@
 """The decoder that the peers train: LLaMA as one writes it in PyTorch.
 
 Module and parameter names are those of Hugging Face's LLaMA, so that a size or a norm found here
-can be looked up on the other side. Only what PyTorch offers on a CPU is used: `rms_norm`, an
+can be looked up on the other side. Only what PyTorch itself offers is used: `rms_norm`, an
 attention of `attention.py`, and `cross_entropy`.
 """
 
@@ -10,6 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from attention import Attend
 from model import Model
@@ -93,10 +94,14 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Tokens and targets `[batch, seq]` to the mean loss."""
+    """Tokens and targets `[batch, seq]` to the mean loss. With `recompute` backward computes blocks
+    again from their inputs."""
 
-    def __init__(self, model: Model, seq_len: int, attend: Attend) -> None:
+    def __init__(
+        self, model: Model, seq_len: int, attend: Attend, recompute: bool = False
+    ) -> None:
         super().__init__()
+        self.recompute = recompute
         self.embed_tokens = nn.Embedding(model.vocab_size, model.hidden_size)
         self.layers = nn.ModuleList(Block(model, attend) for _ in range(model.num_layers))
         self.norm = RMSNorm(model.hidden_size, model.rms_norm_eps)
@@ -118,6 +123,9 @@ class Llama(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         x = self.embed_tokens(tokens)
         for layer in self.layers:
-            x = layer(x, self.cos, self.sin)
+            if self.recompute:
+                x = checkpoint(layer, x, self.cos, self.sin, use_reentrant=False)
+            else:
+                x = layer(x, self.cos, self.sin)
         logits = self.lm_head(self.norm(x))
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())

@@ -72,12 +72,12 @@ def as_fsdp2(llama: Llama, reshard: bool) -> nn.Module:
     return llama
 
 
-def optimizer_for(module: nn.Module) -> torch.optim.Optimizer:
+def optimizer_for(module: nn.Module, lr: float = 1e-3) -> torch.optim.Optimizer:
     """Fused AdamW; norms without weight decay, as on the other side."""
     decayed = [p for p in module.parameters() if p.dim() >= 2]
     others = [p for p in module.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
 def batches(model: Model, shape: tuple[int, int], seed: int) -> Callable[[], tuple[Tensor, Tensor]]:

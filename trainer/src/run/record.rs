@@ -37,7 +37,7 @@ impl Trainer<'_> {
             step: taken.number,
             attempt: self.attempt,
             stage: stage.name.clone(),
-            seq_len: seq_len,
+            seq_len,
             loss: agreement.record.mean_loss,
             grad_norm: agreement.record.grad_norm,
             lr: taken.lr,

@@ -6,6 +6,7 @@ mod ahead;
 mod parity;
 mod precision;
 mod ranks;
+mod repetition;
 mod resharding;
 mod runner;
 mod samples;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use safetensors::{Dtype as Stored, SafeTensors};
 use serde_json::Value;
+use tch::Device;
 
 use super::counter_hash::Scales;
 use crate::config::{Dtype, DtypeChoice, Family, ModelConfig, Patterns};
@@ -16,11 +17,12 @@ pub struct Golden {
     bytes: Vec<u8>,
 }
 
-/// A file or folder of `tests/golden`.
+/// A file or folder of `tests/golden`, or of the folder that `OXITRON_GOLDEN` names: the tests also
+/// run on machines without the sources.
 pub fn path(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-        .join("../tests/golden")
-        .join(name)
+    let here = || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/golden");
+    let folder = std::env::var_os("OXITRON_GOLDEN").map_or_else(here, PathBuf::from);
+    folder.join(name)
 }
 
 impl Golden {
@@ -30,10 +32,13 @@ impl Golden {
 
     /// For a reference whose tensors lie under another name than its facts.
     pub fn with_tensors(facts: &str, tensors: &str) -> Self {
-        let facts = fs::read(path(&format!("{facts}.json"))).unwrap();
+        let read = |name: String| {
+            let path = path(&name);
+            fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+        };
         Self {
-            facts: serde_json::from_slice(&facts).unwrap(),
-            bytes: fs::read(path(&format!("{tensors}.safetensors"))).unwrap(),
+            facts: serde_json::from_slice(&read(format!("{facts}.json"))).unwrap(),
+            bytes: read(format!("{tensors}.safetensors")),
         }
     }
 
@@ -71,6 +76,11 @@ impl Golden {
     /// The batches stored under `prefix` (`tokens`, `targets`, `positions`): one per leading index,
     /// of the last two dimensions.
     pub fn batches(&self, prefix: &str) -> Vec<Batch> {
+        self.batches_on(Device::Cpu, prefix)
+    }
+
+    /// The same on another device.
+    pub fn batches_on(&self, device: Device, prefix: &str) -> Vec<Batch> {
         let (shape, tokens) = self.i32(&format!("{prefix}tokens"));
         let (_, targets) = self.i32(&format!("{prefix}targets"));
         let (_, positions) = self.i32(&format!("{prefix}positions"));
@@ -93,7 +103,7 @@ impl Golden {
                     })
                     .collect();
                 let (tokens, targets) = (wide(&tokens[range.clone()]), wide(&targets[range]));
-                Batch::new(&tokens, &targets, &starts, seq_len, tch::Device::Cpu).unwrap()
+                Batch::new(&tokens, &targets, &starts, seq_len, device).unwrap()
             })
             .collect()
     }

@@ -1,11 +1,13 @@
 //! Twenty steps of AdamW against a Hugging Face LLaMA under PyTorch.
 
-use oxitron_kernels::cuda::emulated;
+use oxitron_kernels::cuda::{Numerics, emulated};
+use tch::Device;
 
 use super::runner::{Runner, Setting, Sharding, Weights, assemble, staged};
 use crate::comm::Comm;
 use crate::config::{Dtype, Recompute};
 use crate::plan::{Home, StepShape};
+use crate::testing;
 use crate::testing::counter_hash::projection;
 use crate::testing::golden::{self, Golden, numbers};
 
@@ -13,25 +15,27 @@ use crate::testing::golden::{self, Golden, numbers};
 /// `tests/golden/README.md`).
 const BOUND: f64 = 1e-5;
 
+/// On the processor, or on a GPU where one is asked for.
 #[test]
 fn twenty_steps_follow_pytorch() {
-    follow_pytorch();
+    follow_pytorch(testing::device(Numerics::default()));
 }
 
 /// Every op but attention and products goes through the kernels of GPUs, launched as on one.
 #[test]
 fn twenty_steps_on_emulated_kernels_of_gpus_follow_pytorch() {
-    emulated(follow_pytorch);
+    emulated(|| follow_pytorch(Device::Cpu));
 }
 
-fn follow_pytorch() {
+fn follow_pytorch(device: Device) {
     let golden = Golden::open("train20");
-    let micro_batches = golden.batches("");
+    let micro_batches = golden.batches_on(device, "");
     for case in ["untied", "tied"] {
         let facts = &golden.facts["cases"][case];
         let (model, rope_base, scales) = golden::model(&facts["model"]);
         let setting = Setting {
             model: &model,
+            device,
             rope_base,
             dtype: Dtype::Fp32,
             moments: Dtype::Fp32,

@@ -37,6 +37,7 @@ fn losses(dtype: Dtype) -> Vec<f64> {
     let [count, seq_len] = BATCH;
     let setting = Setting {
         model: &model,
+        device: tch::Device::Cpu,
         rope_base: model.rope_base,
         dtype,
         moments: Dtype::Fp32,

@@ -119,6 +119,7 @@ pub fn setting(model: &ModelConfig, mesh: Mesh) -> Setting<'_> {
         .next_multiple_of(mesh.accumulation);
     Setting {
         model,
+        device: tch::Device::Cpu,
         rope_base: 10_000.0,
         dtype: Dtype::Fp32,
         moments: mesh.moments,

@@ -52,6 +52,7 @@ impl Sharding {
 #[derive(Clone, Copy)]
 pub struct Setting<'a> {
     pub model: &'a ModelConfig,
+    pub device: Device,
     pub rope_base: f64,
     pub dtype: Dtype,
     pub moments: Dtype,
@@ -79,7 +80,12 @@ pub struct Runner {
 
 impl Runner {
     pub fn new(setting: Setting<'_>, comm: &Comm) -> Self {
-        let Setting { model, shape, .. } = setting;
+        let Setting {
+            model,
+            device,
+            shape,
+            ..
+        } = setting;
         let trainable = |name: &str| !model.freeze.matches(name);
         let units = describe(model, trainable, |name| !name.ends_with("norm.weight")).unwrap();
         let decoder = Decoder::new(model, setting.dtype);
@@ -99,7 +105,7 @@ impl Runner {
             wire: Wire::F32,
             home: setting.home,
         };
-        let mut zero = Zero::new(&units, &map, &layout, groups, dtypes, Device::Cpu).unwrap();
+        let mut zero = Zero::new(&units, &map, &layout, groups, dtypes, device).unwrap();
         // State in host memory passes in several portions, the last one shorter.
         zero.cut_portions(192);
         zero.load(|spec, state, range, out| {
@@ -129,18 +135,18 @@ impl Runner {
         };
         Self {
             activations: decoder
-                .activations(setting.tokens, shape.recompute, Device::Cpu)
+                .activations(setting.tokens, shape.recompute, device)
                 .unwrap(),
             rope: RopeTable::new(
                 setting.rope_base,
                 model.head_dim,
                 setting.tokens,
-                Device::Cpu,
+                device,
             )
             .unwrap(),
             actions,
             clip_norm: setting.clip_norm,
-            control: Control::new(adam_step, Device::Cpu).unwrap(),
+            control: Control::new(adam_step, device).unwrap(),
             adam_step,
             tracer: Tracer::new(None, Path::new(""), (0, 1), 0, (&units, &map)),
             decoder,

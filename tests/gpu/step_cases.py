@@ -1,0 +1,147 @@
+"""What bench_steps.py measures: models, samples, settings, and what their arithmetic counts as."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+# Beside this folder in the repository, in this folder where it was packed for a GPU machine.
+SHARED = HERE if (HERE / "bench").is_dir() else HERE.parent
+sys.path.insert(1, str(SHARED / "bench"))
+
+from model import TINY, Model
+
+LLAMA_1_3B = Model(32000, 2048, 5504, num_layers=24, num_heads=16, num_kv_heads=16)
+INTERNLM2_1_8B = Model(
+    92544, 2048, 8192, num_layers=24, num_heads=16, num_kv_heads=8, rope_base=1e6
+)
+INTERNLM2_7B = Model(
+    92544, 4096, 14336, num_layers=32, num_heads=32, num_kv_heads=8, rope_base=1e6
+)
+
+# ---- settings of `oxitron train`, all of them in this one place ------------------------------------
+
+# For every run. A checkpoint would take longer than the steps, and host memory to stage it in.
+COMMON = {
+    "model.dtype": "bf16",
+    "optimizer.lr": "1e-4",
+    "checkpoint.at_end": "false",
+    "checkpoint.async": "false",
+}
+DETERMINISTIC = {"run.deterministic": "true"}
+RECOMPUTE = {"parallel.recompute": "full"}
+SMALL_MOMENTS = {"optimizer.moments_dtype": "bf16"}
+# cuBLAS needs it to repeat itself.
+DETERMINISTIC_ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+
+# Sides of a comparison.
+OURS, REPEATED, COMPILED, EAGER = "Oxitron", "Oxitron, deterministic", "torch.compile", "eager"
+PEERS = (COMPILED, EAGER)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step: the model, its samples, and how each side takes it."""
+
+    name: str
+    model: Model
+    seq_len: int
+    micro_batch: int
+    accumulation: int
+    settings: Mapping[str, str] = field(default_factory=dict)
+    peer_options: tuple[str, ...] = ()
+    # What the two sides do not have in common, for the table.
+    note: str = ""
+    peer_note: str = ""
+
+    @property
+    def tokens(self) -> int:
+        return self.accumulation * self.micro_batch * self.seq_len
+
+    @property
+    def recomputes(self) -> bool:
+        return self.settings.get("parallel.recompute", "none") != "none"
+
+    def smoke(self) -> "Case":
+        """The same on a processor, in a moment."""
+        return replace(self, model=TINY, seq_len=self.seq_len // 64, micro_batch=1, accumulation=2)
+
+
+def length(seq_len: int, micro_batch: int, accumulation: int) -> Case:
+    return Case(f"1.8B at {seq_len}", INTERNLM2_1_8B, seq_len, micro_batch, accumulation)
+
+
+# 32,768 tokens a step, but for the largest model.
+CASES = {
+    case.name: case
+    for case in (
+        Case("1.3B at 4096", LLAMA_1_3B, 4096, 4, 2),
+        length(4096, 4, 2),
+        length(8192, 2, 2),
+        length(16384, 1, 2),
+        length(32768, 1, 1),
+        Case(
+            "7B at 4096",
+            INTERNLM2_7B,
+            4096,
+            2,
+            2,
+            RECOMPUTE | SMALL_MOMENTS,
+            ("--weights", "bf16", "--recompute"),
+            "fp32 master weights and gradients, bf16 moments; blocks computed again",
+            "all state in bf16, no master weights; blocks computed again",
+        ),
+    )
+}
+MAIN, LONGEST, LARGEST = "1.3B at 4096", "1.8B at 32768", "7B at 4096"
+
+# The most valuable first: what a limit of time cuts off is the end.
+ORDER = (
+    (MAIN, OURS),
+    (MAIN, COMPILED),
+    (MAIN, EAGER),
+    (LONGEST, OURS),
+    (LARGEST, OURS),
+    (MAIN, REPEATED),
+    ("1.8B at 4096", OURS),
+    ("1.8B at 8192", OURS),
+    ("1.8B at 16384", OURS),
+    ("1.8B at 4096", COMPILED),
+    (LONGEST, COMPILED),
+    (LARGEST, COMPILED),
+    ("1.8B at 8192", COMPILED),
+    ("1.8B at 16384", COMPILED),
+    ("1.8B at 4096", EAGER),
+    (LONGEST, EAGER),
+    (LARGEST, EAGER),
+    ("1.8B at 8192", EAGER),
+    ("1.8B at 16384", EAGER),
+)
+QUICK = ORDER[:2] + ORDER[3:5]
+SMOKE = ORDER[:6]
+
+# ---- arithmetic, as trainer/src/metrics/flops.rs has it ---------------------------------------------
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of a step: what the model needs with causal attention, the same with every pair of
+    positions, and with what is computed again."""
+
+    causal: float
+    full: float
+    hardware: float
+
+
+def flops(case: Case, recomputes: bool) -> Flops:
+    """Of samples that hold one document each."""
+    model = case.model
+    width, kv_width = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    projections = 2 * model.hidden_size * (width + kv_width)
+    blocks = model.num_layers * (projections + 3 * model.hidden_size * model.intermediate_size)
+    weights = blocks + model.hidden_size * model.vocab_size
+    pairs = model.num_layers * width * case.seq_len
+    causal = (6.0 * weights + 6.0 * pairs) * case.tokens
+    again = (2.0 * blocks + 2.0 * pairs) * case.tokens if recomputes else 0.0
+    return Flops(causal, (6.0 * weights + 12.0 * pairs) * case.tokens, causal + again)
