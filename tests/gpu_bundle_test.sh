@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The scripts of the bundle for GPU machines (tests/gpu) with stand-ins for PyTorch, Python and the
-# executables: which PyTorch they take, how outcomes are told, exit codes, and what a bundle may be.
-# Builds nothing, needs no GPU, takes a few seconds.
+# executables: which PyTorch they take, how outcomes are told, exit codes, and what a bundle may be;
+# and the bench of whole steps with the built binary, where there is one, on the processor. Builds
+# nothing, needs no GPU, takes a minute at most.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 work=$(mktemp -d)
@@ -252,13 +253,14 @@ tests; ends 2
 says "tests.txt: no test of kernels-tests begins with gone::"
 
 scenario "under the sanitizer"
-tests --sanitizer; ends 2
-says "--sanitizer needs compute-sanitizer on the PATH"
+tests --sanitize; ends 2
+says "--sanitize: compute-sanitizer is neither on the PATH nor"
+never_ran ops::passes
 stub "$bin/compute-sanitizer" "
     echo \"\$* with caching \$PYTORCH_NO_CUDA_MEMORY_CACHING\" >>'$log'
     [ \"\$2\" != racecheck ] || exit 86
     shift 4; exec \"\$@\""
-tests --sanitizer; ends 1
+tests --sanitize; ends 1
 ran "--tool memcheck --error-exitcode 86 $bundle/bin/kernels-tests --exact ops::passes"
 ran "--nocapture with caching 1"
 never_ran cuda::loads
@@ -267,12 +269,111 @@ says "racecheck kernels-tests ops::passes  (the sanitizer has found errors)"
 written 'results["totals"]' "{'PASS': 1, 'FAIL': 2, 'SKIP': 1, 'not run': 0}"
 
 scenario "the bench: options go to it, its exit code comes back"
-bench --quick --filter norm; ends 0
+bench kernels --quick --filter norm; ends 0
 says "a table"
 ran "gpu-bench --json $bundle/results/bench.json --quick --filter norm with $m/site/torch/lib:"
-bench BENCH=1; ends 1
-bench BENCH=2 OXITRON_TORCH="$m/none"; ends 2
+bench BENCH=1 kernels; ends 1
+bench BENCH=2 OXITRON_TORCH="$m/none" kernels; ends 2
 says "run-gpu-bench: OXITRON_TORCH=$m/none"
+
+# A bundle whose Oxitron and PyTorch tell figures and compute nothing: the largest model does not
+# fit, eager PyTorch fits only if it computes blocks again.
+with_steps() {
+    PYTHONPATH=$root/tests/gpu "$python" -B -c '
+import sys, pathlib, make_bundle
+make_bundle.put_scripts(pathlib.Path(sys.argv[1]))' "$bundle"
+    cat >"$bundle/bin/oxitron" <<OXITRON
+#!$python -B
+import json, re, sys
+from pathlib import Path
+sys.path.insert(0, "$bundle")
+import step_cases
+command, arguments = sys.argv[1], sys.argv[2:]
+open("$log", "a").write(f"oxitron {' '.join(sys.argv[1:])}\n")
+if command == "plan":
+    print(json.dumps({"stages": [{"total_bytes": 10**9}]}))
+if command == "data":
+    Path(arguments[-1]).mkdir()
+if command == "train":
+    config = Path(arguments[0])
+    of = lambda key: int(re.search(rf"^{key} = (\d+)$", config.read_text(), re.M)[1])
+    case = next(
+        case for case in step_cases.CASES.values()
+        if case.model.hidden_size == of("hidden_size") and case.seq_len == of("seq_len")
+    )
+    if case.model.hidden_size == 4096:
+        sys.exit("RuntimeError: CUDA out of memory. Tried to allocate 1 GiB\nand more words")
+    flops = step_cases.flops(case, case.recomputes)
+    seconds = flops.full / 0.55 / 989e12
+    share = 1 / seconds / 989e12
+    record = {
+        "loss": 10.0, "grad_norm": 1.0, "step_seconds": seconds, "peak_bytes": 2 * 10**9,
+        "mfu": flops.causal * share, "mfu_full": flops.full * share, "hfu": flops.hardware * share,
+    }
+    run = config.parent / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text((json.dumps(record) + "\n") * of("steps"))
+OXITRON
+    cat >"$bundle/peers/device_peer.py" <<PEER
+import json, sys
+sys.path.insert(0, "$bundle")
+import step_cases
+arguments = sys.argv[1:]
+if "--compile" not in arguments and "--recompute" not in arguments:
+    sys.exit("torch.OutOfMemoryError: CUDA out of memory.")
+sizes = json.loads(arguments[arguments.index("--model") + 1])
+case = step_cases.CASES["1.3B at 4096"]
+assert sizes == case.model.sizes(), sizes
+seconds = step_cases.flops(case, False).full / 0.55 / 989e12 * 1.25
+print(json.dumps({
+    "parameters": case.model.parameters, "step_seconds": [seconds] * 3, "peak_bytes": 3 * 10**9,
+    "first_loss": 10.0, "last_loss": 9.9,
+}))
+PEER
+}
+# What the file of figures has at a Python expression over `steps`, `bars` and `rows`.
+measured() {
+    local found
+    found=$("$python" -c '
+import json, sys
+steps = json.load(open(sys.argv[1]))
+bars = {bar["name"]: (bar["found"], bar["pass"]) for bar in steps["bars"]}
+rows = {(row["case"], row["side"]): row for row in steps["rows"]}
+print(eval(sys.argv[2]))' "$bundle/results/steps.json" "$1" 2>&1 | tail -n 1) || true
+    [ "$found" = "$2" ] || fail "figures: $1 is $found, wanted $2"
+}
+
+scenario "whole steps: a row for each side, what fails is a row too, bars are judged"
+with_steps
+bench steps --only "1.3B at 4096" "7B at 4096"; ends 1
+ran "--set run.device=cuda"
+ran "--set checkpoint.at_end=false"
+ran "--set run.deterministic=true"
+says "out of memory"
+measured 'len(rows), round(steps["peak_tflops"])' '(7, 989)'
+measured 'round(bars["1.3B at 4096: MFU, full attention"][0], 6)' 0.55
+measured 'round(bars["1.3B at 4096: tokens/s over torch.compile"][0], 6)' 1.25
+measured '[held for _, held in bars.values()]' '[True, True, False, None, True]'
+measured 'rows["7B at 4096", "Oxitron"]["outcome"]' 'out of memory'
+measured 'rows["1.3B at 4096", "eager"]["note"]' 'blocks computed again'
+measured 'round(rows["1.3B at 4096", "torch.compile"]["mfu_full"], 6)' 0.44
+[ -s "$bundle/results/steps/7B-at-4096-Oxitron.txt" ] || fail "what the failed run said is gone"
+
+scenario "whole steps: what the minutes do not suffice for is said"
+with_steps
+bench steps --minutes 0.01; ends 2
+says "not run: the time was up"
+measured '{held for _, held in bars.values()}' '{None}'
+
+scenario "whole steps: no GPU, and options that there are not"
+with_steps
+stub "$bundle/bin/oxitron" "echo '  missing  NVIDIA driver'; exit 1"
+bench steps; ends 2
+says "missing  NVIDIA driver"
+bench --only "1.3B at 4096"; ends 2
+says "there is no option --only for all at once"
+bench --help; ends 0
+says "run-gpu-bench.sh steps"
 
 scenario "what a bundle may be"
 : >"$m/out"
@@ -318,7 +419,39 @@ messages = [
 ]
 found = make_bundle.executables("\n".join(map(json.dumps, messages)))
 assert found == {"gpu": Path("/target/gpu-1")}, found
+
+import tempfile
+import bench_steps, runs
+
+with tempfile.TemporaryDirectory() as folder:
+    try:
+        runs.run_to_end(["sleep", "60"], Path(folder) / "output", limit_seconds=0.3)
+    except runs.RunFailed as error:
+        assert bench_steps.reason(str(error)) == "not done in time", error
+    else:
+        raise AssertionError("was not ended")
 PYTHON
+
+# --- The scripts with the built binary, on the processor ------------------------------------------
+
+built=${CARGO_TARGET_DIR:-$root/target}/release/oxitron
+scenario "whole steps of the built binary, on the processor"
+if [ ! -x "$built" ]; then
+    echo "skipped: $scenario: there is no $built"
+else
+    status=0
+    "$python" -B "$root/tests/gpu/bench_steps.py" --smoke --without-peers --binary "$built" \
+        --results "$bundle/results" >"$m/out" 2>&1 || status=$?
+    ends 0
+    measured '[row["outcome"] for row in steps["rows"] if row["side"].startswith("Oxitron")]' \
+        "['ok', 'ok', 'ok', 'ok']"
+    measured 'bars["1.3B at 4096: the same bits twice, if deterministic"][0]' 1.0
+    scenario "cases of the bench fit into an H200, by the plan"
+    status=0
+    "$python" -B "$root/tests/gpu/bench_steps.py" --plan --without-peers --binary "$built" \
+        >"$m/out" 2>&1 || status=$?
+    ends 0
+fi
 
 [ $failures = 0 ] || { echo "gpu_bundle_test: $failures checks failed"; exit 1; }
 echo "gpu_bundle_test: all scenarios passed"

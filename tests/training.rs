@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use support::runs::{
-    assert_same_bits, events, losses, ranks_of, signal, wait_for_step, wait_until_gone,
+    assert_same_bits, events, figures, losses, ranks_of, signal, wait_for_step, wait_until_gone,
 };
 use support::{Fixture, ONE_STAGE, TWO_STAGES, run, start, start_with, train};
 
@@ -176,6 +176,62 @@ fn stages_switch_by_themselves_with_a_checkpoint_and_validation() {
     assert_eq!(saved, [4, 8]);
     let kept = fs::read_dir(run_dir.join("checkpoints")).unwrap().count();
     assert_eq!(kept, 2);
+}
+
+/// What a step counts as follows from model and data, on however many ranks; a run may leave no
+/// checkpoint behind at its end.
+#[test]
+fn utilisation_follows_a_stated_peak_and_the_end_need_not_be_saved() {
+    const PEAK: f64 = 0.5e12;
+    let fixture = Fixture::new();
+    let config = fixture.config(TWO_STAGES);
+    let config = config.to_str().unwrap();
+    let sets = [
+        "--set",
+        "checkpoint.at_end=false",
+        "--set",
+        "run.peak_tflops=0.5",
+    ];
+    run(&[&["train", config, "--set", "run.dir=one"], &sets[..]].concat()).done();
+    let two = ["launch", config, "--ranks", "2", "--set", "run.dir=two"];
+    run(&[&two[..], &sets[..]].concat()).done();
+
+    // Blocks and head; layers · heads · head_dim.
+    let (weights, pairs) = (2 * 46_080 + 64 * 512, 2 * 4 * 16);
+    for (dir, ranks) in [("one", 1.0), ("two", 2.0)] {
+        let records = figures(&fixture.path(dir));
+        assert_eq!(records.len(), 8);
+        for (step, record) in records {
+            let number = |key: &str| record[key].as_f64().unwrap();
+            let available = number("step_seconds") * ranks * PEAK;
+            let seq_len = number("seq_len");
+            let products = 6.0 * f64::from(weights) * 256.0;
+            let full = products + 12.0 * f64::from(pairs) * 256.0 * seq_len;
+            let off = number("mfu_full") * available / full - 1.0;
+            assert!(off.abs() < 1e-9, "step {step}: {off:e}");
+            // Documents are shorter than samples.
+            let attention = number("mfu") * available - products;
+            assert!(
+                attention > 0.0 && attention < (full - products) / 2.0,
+                "step {step}"
+            );
+            assert_eq!(number("hfu"), number("mfu"));
+            let counted = |dir| {
+                let record = &figures(&fixture.path(dir))[&step];
+                record["mfu"].as_f64().unwrap() / record["mfu_full"].as_f64().unwrap()
+            };
+            assert!(
+                (counted("one") / counted("two") - 1.0).abs() < 1e-9,
+                "step {step}"
+            );
+        }
+    }
+    let saved = events(&fixture.path("one"), "save_durable");
+    let steps: Vec<u64> = saved
+        .iter()
+        .map(|event| event["step"].as_u64().unwrap())
+        .collect();
+    assert_eq!(steps, [4], "the first stage's end alone");
 }
 
 /// A damaged checkpoint is passed over with a word, and is not in the way of the older ones that the

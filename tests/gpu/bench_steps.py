@@ -26,11 +26,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import step_cases
 from step_cases import CASES, COMPILED, HERE, OURS, PEERS, REPEATED, SHARED, Case
+from step_rows import NOT_RUN, Row, bars, gigabytes, print_bars, print_rows
 
 sys.path.insert(1, str(SHARED / "bench"))
 
@@ -42,43 +43,6 @@ from model import TINY
 DOCUMENT_TOKENS = 32768  # so that no sample holds the edge of one
 STARTING_SECONDS = 15  # a run that is given less is not begun
 PEER = SHARED / "peers" / "device_peer.py"
-
-
-@dataclass
-class Row:
-    """What one side came to in one case. What could not be found out is None."""
-
-    case: str
-    side: str
-    outcome: str = "ok"  # or why there are no figures
-    note: str = ""
-    tokens_per_second: float | None = None
-    step_seconds: float | None = None
-    mfu_full: float | None = None
-    mfu_causal: float | None = None
-    hfu: float | None = None
-    peak_bytes: int | None = None
-    planned_bytes: int | None = None
-    losses: list[float] = field(default_factory=list)
-    grad_norms: list[float] = field(default_factory=list)
-    seconds: float = 0.0  # that the whole process took
-
-    @property
-    def is_well(self) -> bool:
-        return self.outcome == "ok"
-
-
-@dataclass
-class Bar:
-    """A stated limit and what was found; None where it was not measured."""
-
-    name: str
-    floor: float
-    found: float | None
-
-    def told(self, judged: bool) -> dict:
-        held = None if self.found is None or not judged else self.found >= self.floor
-        return {"name": self.name, "floor": self.floor, "found": self.found, "pass": held}
 
 
 def arguments() -> argparse.Namespace:
@@ -183,7 +147,7 @@ class Bench:
         output = self.folder / f"{name}.txt"
         left = self.ends - time.monotonic()
         if left < STARTING_SECONDS:
-            raise Failed("not run: the time was up")
+            raise Failed(NOT_RUN)
         try:
             runs.run_to_end(command, output, environment, limit_seconds=left)
         except (runs.RunFailed, OSError) as error:
@@ -244,10 +208,15 @@ class Bench:
             for key in ("mfu", "mfu_full", "hfu")
         )
         last = measured[-1]
-        for key, part in (("mfu_full", counted.full), ("hfu", counted.hardware)):
-            if not math.isclose(last[key] / last["mfu"], part / counted.causal, rel_tol=1e-9):
-                raise Failed(f"{key} is counted in another way here than by Oxitron")
         self.peak = self.peak or counted.causal / (last["mfu"] * last["step_seconds"])
+        for key, part in (
+            ("mfu", counted.causal),
+            ("mfu_full", counted.full),
+            ("hfu", counted.hardware),
+        ):
+            share = part / last["step_seconds"] / self.peak
+            if not math.isclose(last[key], share, rel_tol=1e-9):
+                raise Failed(f"{key} is counted in another way here than by Oxitron")
 
     def peer(self, row: Row, case: Case) -> None:
         """A run of PyTorch; with less to keep where that is too much."""
@@ -307,61 +276,6 @@ def check_losses(losses: Sequence[float | None], case: Case) -> None:
         raise Failed(f"the loss went up from {losses[0]:.2f} to {losses[-1]:.2f}")
 
 
-# ---- what is told ---------------------------------------------------------------------------------
-
-
-def percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f}%"
-
-
-def gigabytes(count: int | None) -> str:
-    return "" if count is None else f"{count / 1e9:.1f}"
-
-
-def print_rows(rows: Sequence[Row]) -> None:
-    head = ("step", "", "tokens/s", "ms", "MFU full", "MFU causal", "HFU", "peak GB", "planned")
-    table = []
-    for row in rows:
-        figures = ["", ""]
-        if row.is_well and row.tokens_per_second and row.step_seconds:
-            figures = [f"{row.tokens_per_second:,.0f}", f"{1000 * row.step_seconds:,.1f}"]
-        shares = [percent(share) for share in (row.mfu_full, row.mfu_causal, row.hfu)]
-        memory = [gigabytes(row.peak_bytes), gigabytes(row.planned_bytes)]
-        told = row.note if row.is_well else row.outcome
-        table.append([row.case, row.side, *figures, *shares, *memory, told])
-    outcome.print_table((*head, ""), table)
-
-
-def bars(rows: Sequence[Row], again: Row | None) -> list[Bar]:
-    """What was to be reached."""
-    found = {(row.case, row.side): row for row in rows}
-
-    def row(case: str, side: str) -> Row | None:
-        known = found.get((case, side))
-        return known if known and not known.outcome.startswith("not run") else None
-
-    def trains(case: str) -> float | None:
-        known = row(case, OURS)
-        return None if known is None else float(known.is_well)
-
-    ours, compiled = row(step_cases.MAIN, OURS), row(step_cases.MAIN, COMPILED)
-    speeds = [known and known.tokens_per_second for known in (ours, compiled)]
-    first = row(step_cases.MAIN, REPEATED)
-    same = None
-    if first and again and first.is_well and again.is_well:
-        keys = [(known.losses, known.grad_norms) for known in (first, again)]
-        same = float(keys[0] == keys[1])
-    return [
-        Bar("1.3B at 4096: MFU, full attention", 0.5, ours and ours.mfu_full),
-        Bar("1.3B at 4096: tokens/s over torch.compile", 1.1, speeds[0] / speeds[1])
-        if all(speeds)
-        else Bar("1.3B at 4096: tokens/s over torch.compile", 1.1, None),
-        Bar("7B at 4096 trains", 1.0, trains(step_cases.LARGEST)),
-        Bar("1.8B at 32768 trains", 1.0, trains(step_cases.LONGEST)),
-        Bar("1.3B at 4096: the same bits twice, if deterministic", 1.0, same),
-    ]
-
-
 def tell(args: argparse.Namespace, bench: Bench, rows: list[Row], again: Row | None) -> dict:
     """Writes what is known so far, and returns it."""
     told = [bar.told(judged=not args.smoke) for bar in bars(rows, again)]
@@ -397,13 +311,15 @@ def check_device(args: argparse.Namespace) -> str:
 
 
 def plan(args: argparse.Namespace, bench: Bench) -> int:
-    """What every case is planned to take."""
-    rows = []
+    """What every case is planned to take, and whether all of them fit into an H200."""
+    rows, fit = [], True
     for case in {case.name: case for case, side in selected(args) if side == OURS}.values():
         count = bench.planned(case, bench.folder)
-        rows.append((case.name, gigabytes(count) or "refused", case.note))
-    outcome.print_table(("step", "planned GB", ""), rows)
-    return 1 if any(count == "refused" for _, count, _ in rows) else 0
+        fits = count is not None and count <= step_cases.H200_BYTES
+        rows.append((case.name, gigabytes(count) or "refused", "yes" if fits else "NO", case.note))
+        fit = fit and fits
+    outcome.print_table(("step", "planned GB", "fits into an H200", ""), rows)
+    return 0 if fit else 1
 
 
 def measure(args: argparse.Namespace, folder: Path) -> int:
@@ -424,24 +340,12 @@ def measure(args: argparse.Namespace, folder: Path) -> int:
         tell(args, bench, rows, again)
     print_rows(rows)
     whole = tell(args, bench, rows, again)
-    words = {True: "yes", False: "NO", None: "not judged"}
-    outcome.print_table(
-        ("bar", "floor", "found", "held"),
-        [
-            (bar["name"], bar["floor"], "" if bar["found"] is None else f"{bar['found']:.4g}",
-             words[bar["pass"]])
-            for bar in whole["bars"]
-        ],
-    )
+    print_bars(whole["bars"])
     print(json.dumps(whole), flush=True)
     if not any(row.is_well for row in rows):
         return 2
-    failed = [
-        row
-        for row in rows
-        if row.side not in PEERS and not row.is_well and not row.outcome.startswith("not run")
-    ]
-    return 1 if failed or any(bar["pass"] is False for bar in whole["bars"]) else 0
+    missed = any(bar["pass"] is False for bar in whole["bars"])
+    return 1 if missed or any(row.is_a_fault for row in rows) else 0
 
 
 def main() -> int:

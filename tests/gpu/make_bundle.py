@@ -38,7 +38,15 @@ BUNDLE = ROOT / "target" / "gpu-bundle"
 # What a run there has left stays when the bundle is made again.
 RESULTS = "results"
 SCRIPTS = ("run-gpu-tests.sh", "run-gpu-bench.sh", "run_tests.py", "torch.sh")
-FILES = (*SCRIPTS, "tests.txt", "README.md")
+MEASURING = ("bench_steps.py", "demo_losses.py")
+FILES = (*SCRIPTS, *MEASURING, "step_cases.py", "step_rows.py", "tests.txt", "README.md")
+# What those need of the folders beside this one: how to run and to tell, the other side of the
+# comparison, what PyTorch has computed.
+NEEDED = {
+    "bench": ("model.py", "outcome.py", "runs.py", "shards.py"),
+    "peers": ("attention.py", "device_peer.py", "hf_weights.py", "llama.py", "peer.py"),
+    run_tests.GOLDEN: ("train20.json", "train20.safetensors"),
+}
 
 # One choice of packages for all, so that their dependencies are compiled once.
 PACKAGES = ["-p", "oxitron", "-p", "oxitron-kernels", "-p", "oxitron-trainer"]
@@ -190,6 +198,21 @@ def files_of(folder: Path) -> list[Path]:
     return sorted(path for path in files if path.relative_to(folder).parts[0] != RESULTS)
 
 
+def put_scripts(folder: Path) -> None:
+    """Copies everything that is not built, and sees that what measures finds all of its parts."""
+    for name in FILES:
+        shutil.copy(HERE / name, folder / name)
+    for part, names in NEEDED.items():
+        (folder / part).mkdir()
+        for name in names:
+            shutil.copy(HERE.parent / part / name, folder / part / name)
+    for name in MEASURING:
+        command = [sys.executable, "-B", folder / name, "--help"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise CannotMake(f"{name} does not run in the bundle: {done.stderr.strip()}")
+
+
 def write_manifest(folder: Path, system: dict[str, str]) -> list[dict]:
     """Writes sizes and sums of what is in the folder, by which a copy is known to be whole."""
     files = [
@@ -243,8 +266,7 @@ def make(folder: Path, archive: Path) -> dict:
     put_executables(folder / "bin")
     if version() != made_from:
         made_from += ", and with others that were made during the build"
-    for name in FILES:
-        shutil.copy(HERE / name, folder / name)
+    put_scripts(folder)
     shutil.copy(ROOT / "LICENSE", folder / "LICENSE")
     (folder / "VERSION").write_text(made_from + "\n", encoding="utf-8")
     system = check_needs(folder / "bin")

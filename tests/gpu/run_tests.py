@@ -28,6 +28,7 @@ HERE = Path(__file__).resolve().parent
 MANIFEST = "manifest.json"
 LIST = "tests.txt"
 KERNELS = "kernels-tests"
+GOLDEN = "golden"  # folder of what PyTorch has computed
 
 LAST_LINES = 40  # of a failed test's output
 REASON_WIDTH = 100  # on the screen; the file has all of it
@@ -163,6 +164,9 @@ class Runner:
         self.environment = {k: v for k, v in os.environ.items() if k != "OXITRON_TEST_DEVICE"}
         if device == "cuda":
             self.environment["OXITRON_TEST_DEVICE"] = "cuda"
+        self.environment["OXITRON_GOLDEN"] = str(folder / GOLDEN)
+        # Without it cuBLAS does not repeat itself; a test asks for that.
+        self.environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self.lock = threading.Lock()
         self.live: set[subprocess.Popen] = set()
         self.ending = False
@@ -172,7 +176,7 @@ class Runner:
         command = [executable, "--exact", test.name, "--nocapture"]
         if test.tool:
             options = ["--tool", test.tool, "--error-exitcode", str(TOOL_FOUND)]
-            command = ["compute-sanitizer", *options, *command]
+            command = [sanitizer() or "compute-sanitizer", *options, *command]
         return command
 
     def start(self, test: Test) -> subprocess.Popen:
@@ -296,13 +300,22 @@ def doctor(folder: Path, device: str) -> str:
     return done.stdout
 
 
+def sanitizer() -> str | None:
+    """Where compute-sanitizer is: on the PATH, or where CUDA's toolkit puts it."""
+    toolkits = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    folders = [f"{folder}/bin" for folder in toolkits if folder]
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), *folders])
+    return shutil.which("compute-sanitizer", path=path)
+
+
 def check_tools(args: argparse.Namespace) -> None:
     """Refuses what this machine has no tool for."""
-    if args.sanitizer and args.cpu:
-        raise CannotRun("--sanitizer looks at kernels on a GPU, and --cpu runs none there")
-    if args.sanitizer and not shutil.which("compute-sanitizer"):
+    if args.sanitize and args.cpu:
+        raise CannotRun("--sanitize looks at kernels on a GPU, and --cpu runs none there")
+    if args.sanitize and not sanitizer():
         raise CannotRun(
-            "--sanitizer needs compute-sanitizer on the PATH (it is part of the CUDA toolkit)"
+            "--sanitize: compute-sanitizer is neither on the PATH nor in $CUDA_HOME/bin or "
+            "/usr/local/cuda/bin, so no test was run under it (it is part of the CUDA toolkit)"
         )
     compiler = os.environ.get("CXX", "c++")
     if args.cpu and not shutil.which(compiler):
@@ -353,7 +366,7 @@ def arguments() -> argparse.Namespace:
         "--cpu", action="store_true", help="on the processor and on emulated GPUs: needs no GPU"
     )
     parser.add_argument(
-        "--sanitizer", action="store_true", help="tests of kernels under compute-sanitizer alone"
+        "--sanitize", action="store_true", help="tests of kernels under compute-sanitizer alone"
     )
     parser.add_argument("--filter", default="", help="only tests with this in their name")
     parser.add_argument("--jobs", type=int, default=1, help="tests at a time (default: 1)")
@@ -378,7 +391,7 @@ def chosen(args: argparse.Namespace) -> list[Test]:
     wanted = read_list(HERE / LIST)
     names = {name: names_in(HERE / "bin" / name) for name in {name for name, _ in wanted}}
     tests = [test for test in select(wanted, names) if args.filter in test.name]
-    if args.sanitizer:
+    if args.sanitize:
         tests = under_tools(tests)
     if not tests:
         raise CannotRun(f"no test has {args.filter!r} in its name")

@@ -20,7 +20,7 @@ INTERNLM2_7B = Model(
     92544, 4096, 14336, num_layers=32, num_heads=32, num_kv_heads=8, rope_base=1e6
 )
 
-# ---- settings of `oxitron train`, all of them in this one place ------------------------------------
+# ---- settings of `oxitron train`, all of them in this one place ----------------------------------
 
 # For every run. A checkpoint would take longer than the steps, and host memory to stage it in.
 COMMON = {
@@ -34,6 +34,8 @@ RECOMPUTE = {"parallel.recompute": "full"}
 SMALL_MOMENTS = {"optimizer.moments_dtype": "bf16"}
 # cuBLAS needs it to repeat itself.
 DETERMINISTIC_ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+
+H200_BYTES = 139 << 30
 
 # Sides of a comparison.
 OURS, REPEATED, COMPILED, EAGER = "Oxitron", "Oxitron, deterministic", "torch.compile", "eager"
@@ -121,7 +123,7 @@ ORDER = (
 QUICK = ORDER[:2] + ORDER[3:5]
 SMOKE = ORDER[:6]
 
-# ---- arithmetic, as trainer/src/metrics/flops.rs has it ---------------------------------------------
+# ---- arithmetic, as trainer/src/metrics/flops.rs has it -----------------------------------------
 
 
 @dataclass(frozen=True)

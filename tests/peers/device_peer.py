@@ -4,11 +4,12 @@
     device_peer.py weights --model JSON --folder NEW     random weights, as a Hugging Face folder
     device_peer.py losses --folder HF --tokens FILE      the loss of each step on given tokens
 
-What it trains with is the usual way, and the fastest of it that keeps Oxitron's numerics: fp32
-weights under bf16 autocast, fused AdamW, gradients and moments in fp32, cuDNN's or flash attention.
-The casts of weights that this takes are under 1% of a step. `--weights bf16` holds weights,
-gradients and moments in bf16 alone, for models whose fp32 state does not fit: faster and smaller, and
-not the same training. Ends with one line of JSON.
+What it trains with is the usual way, with Oxitron's numerics: fp32 weights under bf16 autocast, an
+fp32 residual stream, fused AdamW, gradients and moments in fp32, cuDNN's or flash attention. The
+casts of weights that this takes are about 1% of a step. `--weights cast` rounds all weights to bf16
+first, those of embeddings and norms too, as FSDP2 does. `--weights bf16` holds weights, gradients
+and moments in bf16 alone, for models whose fp32 state does not fit: faster and smaller, and not the
+same training. Ends with one line of JSON.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "bench"))
@@ -45,7 +47,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=4096)
     parser.add_argument("--micro-batch", type=int, default=1, help="samples computed at once")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
-    parser.add_argument("--weights", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--weights", choices=("fp32", "cast", "bf16"), default="fp32")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of products")
     parser.add_argument("--recompute", action="store_true", help="blocks again in backward")
     parser.add_argument("--compile", action="store_true", help="torch.compile the whole model")
@@ -74,14 +76,20 @@ class Trainer:
     def parameters(self) -> int:
         return sum(p.numel() for p in self.module.parameters())
 
+    def with_cast_weights(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """The loss with every weight rounded to bf16, and gradients of those added to fp32 ones."""
+        cast = {name: p.bfloat16() for name, p in self.module.named_parameters()}
+        return functional_call(self.module, cast, (tokens, targets))
+
     def step(self, micro_batches: list[tuple[Tensor, Tensor]]) -> Tensor:
         """One update; its mean loss, which is not waited for."""
         args = self.args
         autocast = args.dtype == "bf16" and args.weights == "fp32"
+        module = self.with_cast_weights if args.weights == "cast" else self.module
         losses = []
         for tokens, targets in micro_batches:
             with torch.autocast(args.device, torch.bfloat16, enabled=autocast):
-                loss = self.module(tokens, targets) / len(micro_batches)
+                loss = module(tokens, targets) / len(micro_batches)
             loss.backward()
             losses.append(loss.detach())
         nn.utils.clip_grad_norm_(self.module.parameters(), CLIP_NORM)

@@ -1,7 +1,7 @@
 """A model's weights as a Hugging Face folder: what both sides of a comparison can start from.
 
-The format of safetensors is written by hand (a length, a header of JSON, the bytes), so that nothing
-but PyTorch is needed.
+The format of safetensors is written by hand (a length, a header of JSON, the bytes), so that
+nothing but PyTorch is needed.
 """
 
 import json

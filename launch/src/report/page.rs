@@ -132,7 +132,10 @@ fn tiles(history: &History, stages: &[StageSummary]) -> String {
         ("Wall time", duration(seconds)),
     ];
     tiles.extend(last.mfu.map(|mfu| ("MFU", percent(mfu))));
-    tiles.extend(last.mfu_full.map(|mfu| ("MFU, full attention", percent(mfu))));
+    tiles.extend(
+        last.mfu_full
+            .map(|mfu| ("MFU, full attention", percent(mfu))),
+    );
     let peak = history
         .steps
         .iter()

@@ -19,8 +19,7 @@
 use crate::config::{ModelConfig, Recompute};
 
 /// The convention in words, for logs and reports.
-pub const CONVENTION: &str =
-    "6·N_mm per position plus causal attention over true document lengths; peak as stated, or \
+pub const CONVENTION: &str = "6·N_mm per position plus causal attention over true document lengths; peak as stated, or \
      known by the name of the GPU";
 
 /// The sizes of a LLaMA-style decoder that decide its arithmetic.
@@ -194,7 +193,9 @@ mod tests {
     #[test]
     fn the_full_convention_counts_masked_pairs_too() {
         // Its attention is twice that of samples of one document.
-        let whole = INTERNLM2_1_8B.step(2 * 4096, 2 * 4096 * 4096, Recompute::None).model;
+        let whole = INTERNLM2_1_8B
+            .step(2 * 4096, 2 * 4096 * 4096, Recompute::None)
+            .model;
         let full = INTERNLM2_1_8B.full_attention_step(2, 4096);
         let products = 6.0 * INTERNLM2_1_8B.matmul_weights() as f64 * 8192.0;
         assert_eq!(full - products, 2.0 * (whole - products));

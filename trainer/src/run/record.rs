@@ -30,7 +30,11 @@ impl Trainer<'_> {
         let shape = DecoderShape::of(&self.config.model);
         let seq_len = stage.seq_len as u64;
         let recompute = self.plan.shapes[taken.stage].recompute;
-        let flops = shape.step(taken.sample_count * seq_len, taken.attention_cost, recompute);
+        let flops = shape.step(
+            taken.sample_count * seq_len,
+            taken.attention_cost,
+            recompute,
+        );
         let full = shape.full_attention_step(taken.sample_count, seq_len);
         let used = flops.utilisation(step_seconds, self.ranks.ranks, self.peak_flops);
         let record = StepRecord {

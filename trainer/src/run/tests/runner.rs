@@ -137,13 +137,8 @@ impl Runner {
             activations: decoder
                 .activations(setting.tokens, shape.recompute, device)
                 .unwrap(),
-            rope: RopeTable::new(
-                setting.rope_base,
-                model.head_dim,
-                setting.tokens,
-                device,
-            )
-            .unwrap(),
+            rope: RopeTable::new(setting.rope_base, model.head_dim, setting.tokens, device)
+                .unwrap(),
             actions,
             clip_norm: setting.clip_norm,
             control: Control::new(adam_step, device).unwrap(),
