@@ -5,8 +5,8 @@ use tch::Device;
 
 use super::runner::{Runner, Setting, Sharding, Weights, staged};
 use crate::comm::Comm;
-use crate::config::Dtype;
-use crate::plan::StepShape;
+use crate::config::{Dtype, Recompute};
+use crate::plan::{Home, StepShape};
 use crate::testing;
 use crate::testing::golden::{self, Golden};
 
@@ -29,18 +29,18 @@ fn steps_on_emulated_kernels_of_gpus_repeat_themselves_to_the_bit() {
 
 fn repeat(device: Device) {
     for dtype in [Dtype::Bf16, Dtype::Fp32] {
-        for recompute in [false, true] {
+        for recompute in Recompute::ALL {
             let first = train(device, dtype, recompute);
             assert!(
                 train(device, dtype, recompute) == first,
-                "{dtype:?}, recompute {recompute}: other bits the second time"
+                "{dtype:?}, recompute {recompute:?}: other bits the second time"
             );
         }
     }
 }
 
 /// Losses and norms of every step, then master weights and moments, as bits.
-fn train(device: Device, dtype: Dtype, recompute: bool) -> Vec<u64> {
+fn train(device: Device, dtype: Dtype, recompute: Recompute) -> Vec<u64> {
     let golden = Golden::open("train20");
     let facts = &golden.facts["cases"]["tied"];
     let (model, rope_base, scales) = golden::model(&facts["model"]);
@@ -51,6 +51,7 @@ fn train(device: Device, dtype: Dtype, recompute: bool) -> Vec<u64> {
         rope_base,
         dtype,
         moments: dtype,
+        home: Home::Device,
         weights: Weights::CounterHash(scales),
         shape: StepShape {
             accumulation: 2,
