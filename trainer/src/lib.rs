@@ -37,6 +37,10 @@
 //! another model, a configuration that would change the result of a run under way, data that
 //! differ from their lock, and damaged checkpoints, each with the place and the remedy.
 
+// The conformance suite of `comm` is part of the tests here and of a program of its own.
+#[cfg(test)]
+extern crate self as oxitron_trainer;
+
 pub mod checkpoint;
 pub mod comm;
 pub mod config;

@@ -220,6 +220,11 @@ impl Device {
         })
     }
 
+    /// Makes it the current one of this thread.
+    pub(super) fn bind(&self) -> Result<(), Error> {
+        self.context.bind()
+    }
+
     /// Its number, as libtorch counts too.
     pub(crate) fn ordinal(&self) -> usize {
         self.ordinal

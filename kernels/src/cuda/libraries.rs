@@ -170,9 +170,10 @@ pub fn pieces() -> &'static [(Piece, Result<PathBuf, String>)] {
     })
 }
 
-/// Whether there is a driver at all.
+/// Whether there is a driver at all. Nothing else is loaded to find out.
 pub fn has_driver() -> bool {
-    require(Piece::Driver).is_ok()
+    static FOUND: OnceLock<bool> = OnceLock::new();
+    *FOUND.get_or_init(|| Piece::Driver.load(None).is_ok())
 }
 
 /// Refuses to go on without `piece`.

@@ -133,6 +133,14 @@ pub fn prepare(ordinal: usize, numerics: Numerics) -> Result<String, Error> {
     Ok(device.to_string())
 }
 
+/// Makes GPU number `ordinal` the one that this thread's calls into other libraries of CUDA are for.
+///
+/// # Errors
+/// [`Error::Cuda`] with what is missing.
+pub fn bind(ordinal: usize) -> Result<(), Error> {
+    Device::get(ordinal)?.bind()
+}
+
 /// Whether ops on tensors of `device` run the kernels of a GPU.
 pub fn is_gpu(device: tch::Device) -> bool {
     match device {

@@ -50,6 +50,8 @@ pub struct Stream {
 
 // SAFETY: the driver takes its handles from any thread, and streams of libtorch live for good.
 unsafe impl Send for Stream {}
+// SAFETY: as above; a handle is never written through.
+unsafe impl Sync for Stream {}
 
 impl Stream {
     /// The current stream of this thread on GPU number `device`.
@@ -116,8 +118,13 @@ impl Stream {
         outcome("recordDataPtrOnStream", text(message))
     }
 
-    /// The driver's handle.
-    pub(crate) fn handle(self) -> *mut c_void {
+    /// The GPU that it is of.
+    pub fn device(self) -> usize {
+        self.device as usize
+    }
+
+    /// The driver's handle, a `CUstream`, for libraries that put work into it.
+    pub fn handle(self) -> *mut c_void {
         self.handle
     }
 }
@@ -128,6 +135,9 @@ pub struct Event(*mut c_void);
 
 // SAFETY: libtorch's event is a handle and a flag, used through shared references by its own calls.
 unsafe impl Send for Event {}
+// SAFETY: only `record` changes it, which nobody else may use it during; the calls through shared
+// references are libtorch's `const` ones, which ask the driver.
+unsafe impl Sync for Event {}
 
 impl Event {
     /// A mark, with the time at which it is reached where `timing` asks for it.

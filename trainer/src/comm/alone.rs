@@ -4,6 +4,8 @@
 //! an operation that must come after one of another lane that is still under way cannot run yet. It
 //! goes to the queue of the communication thread like any other, and so does from then on everything
 //! on this lane: what is called later may work on the same memory and must not overtake it.
+//!
+//! On a GPU, what there is to do goes into a stream of the lane's own, behind what it comes after.
 
 use std::collections::VecDeque;
 use std::sync::mpsc::Sender;
@@ -13,13 +15,21 @@ use std::time::Instant;
 use super::engine::Command;
 use super::error::Error;
 use super::event::Gate;
+use super::nccl::{Copies, Gpu, Pending};
 use super::operation::{Operation, submit};
-use super::schedule::{Round, Schedule, Scratch};
+use super::schedule::{Round, Schedule, Scratch, Target};
+use super::waiters::Label;
+
+/// What an operation that comes after one on another device is told.
+pub(super) const OTHER_DEVICE: &str =
+    "it comes after an operation on tensors of another device; wait for that ticket first";
 
 /// What the handles on one lane of one rank share.
 #[derive(Debug, Default)]
 pub(super) struct Alone {
     state: Mutex<State>,
+    /// Made for the first operation on a GPU that has something to do.
+    copies: Mutex<Option<Copies>>,
 }
 
 #[derive(Debug, Default)]
@@ -50,11 +60,65 @@ impl Alone {
                 *state = State::Queued;
                 submit(operation, commands);
             }
+            // An operation on a GPU, which the lane refuses to chain to.
+            (Gate::Behind(_), _) => operation.refuse(OTHER_DEVICE.to_owned()),
             (Gate::Shut, None) => operation.refuse(
                 "it comes after an operation of another communicator, which a world of one rank \
                  cannot wait for; wait for that ticket first"
                     .to_owned(),
             ),
+        }
+    }
+}
+
+impl Alone {
+    /// Issues `operation`, on tensors of `gpu`, to the lane's stream there; its sum goes to `target`.
+    /// What works in place has nothing to do, and ends with what it comes after.
+    pub(super) fn run_on_gpu(&self, operation: Operation, target: Target, gpu: Gpu) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if let State::Failed(cause) = &*state {
+            return operation.poison(cause);
+        }
+        let behind = match operation.gate() {
+            Gate::Open => Vec::new(),
+            Gate::Behind(ends) => ends,
+            Gate::Shut => return operation.refuse(OTHER_DEVICE.to_owned()),
+            Gate::Broken(cause) => {
+                *state = State::Failed(operation.miss(cause));
+                return;
+            }
+        };
+        let add = match target {
+            Target::InPlace => {
+                let (promise, tensor, into) = operation.into_parts();
+                let pending = Pending::new(gpu, tensor, into, behind, 0);
+                return Operation::issued(promise, pending);
+            }
+            Target::Write(_) => false,
+            Target::Add(_) => true,
+        };
+        let mut copies = self.copies.lock().unwrap_or_else(PoisonError::into_inner);
+        let copied = match copies.take() {
+            Some(made) if made.gpu() == gpu => Ok(made),
+            _ => Copies::new(gpu),
+        };
+        let copied = copied.and_then(|made| {
+            let made = copies.insert(made);
+            let label = Label {
+                operation: operation.name,
+                lane: Arc::clone(&operation.lane),
+            };
+            let into = operation.into.as_ref().unwrap_or(&operation.tensor);
+            let end = made.copy(label, &behind, (&operation.tensor, into), add)?;
+            Ok((end, made.queue().clone()))
+        });
+        match copied {
+            Ok((end, queue)) => {
+                let (promise, tensor, into) = operation.into_parts();
+                let pending = Pending::new(gpu, tensor, into, vec![end], 0);
+                Operation::issued(promise, pending.in_queue(&queue));
+            }
+            Err(reason) => operation.refuse(reason),
         }
     }
 }

@@ -43,6 +43,7 @@ pub(super) struct Buffer {
     address: *mut u8,
     elements: usize,
     element: Element,
+    device: Device,
 }
 
 // SAFETY: a buffer is an address with a length. It travels with the tensor it was taken from
@@ -52,6 +53,11 @@ unsafe impl Send for Buffer {}
 impl Buffer {
     pub(super) fn element(&self) -> Element {
         self.element
+    }
+
+    /// Where the memory is.
+    pub(super) fn device(&self) -> Device {
+        self.device
     }
 
     pub(super) fn elements(&self) -> usize {
@@ -80,7 +86,8 @@ impl Buffer {
     }
 }
 
-/// Checks that `tensor` is one contiguous run of CPU memory of a type that lanes carry.
+/// Checks that `tensor` is one contiguous run of memory of a type that lanes carry. Whether a lane
+/// reaches the device that it lies on is the lane's to say.
 ///
 /// The buffer is valid as long as the tensor lives. Its memory must not be read or written through
 /// another handle on the same storage (a view made earlier) while an operation works on it.
@@ -88,18 +95,6 @@ impl Buffer {
 /// # Errors
 /// A sentence that says what was expected and what was found.
 pub(super) fn checked(tensor: &Tensor) -> Result<Buffer, String> {
-    let buffer = described(tensor)?;
-    if tensor.device() != Device::Cpu {
-        return Err(format!(
-            "expected a CPU tensor, found one on {:?}",
-            tensor.device()
-        ));
-    }
-    Ok(buffer)
-}
-
-/// As [`checked`], on whatever device: for operations that touch no memory.
-pub(super) fn described(tensor: &Tensor) -> Result<Buffer, String> {
     if !tensor.defined() {
         return Err("expected a tensor, found an undefined one".to_owned());
     }
@@ -120,6 +115,7 @@ pub(super) fn described(tensor: &Tensor) -> Result<Buffer, String> {
         address,
         elements: tensor.numel(),
         element,
+        device: tensor.device(),
     })
 }
 

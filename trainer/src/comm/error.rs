@@ -41,6 +41,16 @@ pub enum Error {
         /// What the transport said.
         reason: String,
     },
+    /// NCCL, or the GPU under it, failed. The lane's communicator is given up.
+    #[error("{operation} on {lane} failed: {reason}")]
+    Gpu {
+        /// The lane, with its ranks.
+        lane: String,
+        /// The operation, for instance `all-gather`.
+        operation: &'static str,
+        /// What NCCL or the driver said.
+        reason: String,
+    },
     /// An operation was not run because an earlier one on the same lane failed.
     #[error("{operation} on {lane} was not run, because an earlier operation failed: {cause}")]
     Poisoned {

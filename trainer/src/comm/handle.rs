@@ -1,15 +1,19 @@
 //! A rank's handle on its communication thread.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::JoinHandle;
 use std::time::Duration;
+
+use tch::Tensor;
 
 use super::engine::{self, Command};
 use super::environment::Environment;
 use super::error::{Error, Result};
 use super::lane::Lane;
 use super::members::Members;
+use super::nccl::{Gpus, ID_BYTES, Nccl};
 use super::schedule::Place;
 use super::threads;
 use super::waiters::{Monitor, Waiters};
@@ -194,16 +198,81 @@ impl Comm {
         Monitor(self.waiters.clone())
     }
 
+    /// Joins the GPUs of all ranks: number `ordinal` of this process is this rank's, and of no other
+    /// rank. Lanes that are made from here on carry tensors of it as well as of the CPU.
+    ///
+    /// Every rank calls it at the same point, and once: it is a collective of its own, and so is from
+    /// then on the making of a lane.
+    ///
+    /// # Errors
+    /// [`Error::Start`], with the remedy, when NCCL is missing or cannot bring the GPUs together.
+    pub fn open_gpu(&self, ordinal: usize) -> Result<()> {
+        self.join_gpus(Nccl::load(ordinal))
+    }
+
+    /// The same with emulated GPUs, whose tensors are those of the CPU on threads whose ops take a
+    /// GPU's path.
+    #[cfg(test)]
+    pub(crate) fn open_emulated_gpu(&self) -> Result<()> {
+        self.join_gpus(Nccl::emulated())
+    }
+
+    pub(super) fn join_gpus(&self, nccl: Result<Nccl>) -> Result<()> {
+        if self.waiters.gpus().is_some() {
+            return Err(Error::Start("a rank opens its GPU once".to_owned()));
+        }
+        let everyone: Vec<usize> = (0..self.world).collect();
+        let lane = self.lane(&everyone)?;
+        let id = match (&nccl, self.rank) {
+            (Ok(nccl), 0) => nccl.unique_id(),
+            (Ok(_), _) => Ok([0; ID_BYTES]),
+            (Err(error), _) => Err(error.clone()),
+        };
+        let torch = |error: tch::TchError| Error::Start(error.to_string());
+        // A rank that fails must not be waited for by the others.
+        let failed = [f64::from(u8::from(id.is_err()))];
+        let failed = Tensor::f_from_slice(&failed).map_err(torch)?;
+        let (failed, _) = lane.all_reduce(failed).wait()?;
+        let failed = failed.f_double_value(&[0]).map_err(torch)?;
+        let (nccl, id) = (nccl?, id?);
+        if failed > 0.0 {
+            let reason = "another rank cannot use NCCL: see its log".to_owned();
+            return Err(Error::Start(reason));
+        }
+        let id = Tensor::f_from_slice(&id).map_err(torch)?;
+        let (id, _) = lane.broadcast(id, 0).wait()?;
+        let id = Vec::<u8>::try_from(&id).map_err(torch)?;
+        let id = id.try_into().unwrap_or([0; ID_BYTES]);
+        let place = Place {
+            index: self.rank,
+            size: self.world,
+        };
+        self.waiters
+            .set_gpus(Gpus::join(nccl, id, place, &self.waiters)?);
+        Ok(())
+    }
+
+    /// As [`Lane::check`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn check(&self) -> Result<()> {
+        self.waiters
+            .gpus()
+            .map_or(Ok(()), |gpus| gpus.check(&self.waiters))
+    }
+
     /// Creates a lane over `ranks` (in any order; the lane sorts them), of which this rank is one.
     ///
     /// Every rank of the world must create its lanes in the same order: the *n*-th lane of one rank
     /// talks to the *n*-th lane of the others. The groups of the *n*-th lanes may differ between
     /// ranks as long as they do not overlap, as the shard groups of a mesh do. Creating a lane sends
-    /// nothing.
+    /// nothing, unless it is to carry tensors of GPUs ([`Comm::open_gpu`]): then it waits for the
+    /// other ranks of the world.
     ///
     /// # Errors
     /// [`Error::InvalidLane`] for ranks that are not distinct ranks of this world with this one
-    /// among them.
+    /// among them; [`Error::Start`] when NCCL cannot bring its GPUs together.
     pub fn lane(&self, ranks: &[usize]) -> Result<Lane> {
         let invalid = |reason| Error::InvalidLane {
             ranks: ranks.to_vec(),
@@ -234,13 +303,12 @@ impl Comm {
         };
         let commands = self.link.as_ref().map(|link| link.commands.clone());
         let waiters = self.waiters.clone();
-        Ok(Lane::new(
-            Members { id, ranks: sorted },
-            place,
-            self.rank,
-            commands,
-            waiters,
-        ))
+        let members = Arc::new(Members { id, ranks: sorted });
+        let gpu = match self.waiters.gpus() {
+            Some(gpus) => gpus.lane(&members, place, self.world, &self.waiters)?,
+            None => None,
+        };
+        Ok(Lane::new(members, place, self.rank, commands, waiters, gpu))
     }
 
     /// Runs everything that is queued to its end, waits for all ranks to get here and leaves. A
@@ -251,16 +319,31 @@ impl Comm {
     /// are reported by their tickets, not here.
     pub fn finish(mut self) -> Result<()> {
         let rank = self.rank;
+        // Before the transport, by which ranks learn of each other's failures.
+        let gpus = self.leave_gpus(None);
         let Some(link) = self.link.take() else {
-            return Ok(());
+            return gpus;
         };
         link.leave(None)
-            .map_err(|reason| Error::Closed { rank, reason })
+            .map_err(|reason| Error::Closed { rank, reason })?;
+        gpus
+    }
+
+    fn leave_gpus(&self, limit: Option<Duration>) -> Result<()> {
+        let gpus = self.waiters.gpus();
+        gpus.map_or(Ok(()), |gpus| gpus.finish(limit, &self.waiters))
+    }
+
+    fn abort_gpus(&self, reason: &str) {
+        if let Some(gpus) = self.waiters.gpus() {
+            gpus.abort(reason);
+        }
     }
 
     /// Leaves without meeting the others, because operations are under way that will never end. MPI
     /// is not finalised: the process must end right after, and so must all others of the run.
     pub fn desert(mut self) {
+        self.abort_gpus("the rank has left in the middle of a step");
         if let Some(link) = self.link.take() {
             // The thread goes on to poll for the rest of the process's life.
             std::mem::forget(link);
@@ -275,15 +358,23 @@ impl Comm {
         if let Some(link) = &self.link {
             link.abort(reason);
         }
+        self.abort_gpus(reason);
     }
 }
 
 impl Drop for Comm {
     fn drop(&mut self) {
-        let Some(link) = self.link.take() else { return };
         if std::thread::panicking() {
-            link.abort("it panicked");
-        } else if let Err(reason) = link.leave(Some(DROP_LIMIT)) {
+            if let Some(link) = self.link.take() {
+                link.abort("it panicked");
+            }
+            return self.abort_gpus("it panicked");
+        }
+        if let Err(error) = self.leave_gpus(Some(DROP_LIMIT)) {
+            tracing::error!(rank = self.rank, "left the other GPUs uncleanly: {error}");
+        }
+        let Some(link) = self.link.take() else { return };
+        if let Err(reason) = link.leave(Some(DROP_LIMIT)) {
             tracing::error!(rank = self.rank, reason, "left the other ranks uncleanly");
         }
     }

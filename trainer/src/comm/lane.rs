@@ -4,23 +4,19 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
-use super::alone::Alone;
-use super::buffer::{Buffer, Element, checked, described};
+use super::alone::{Alone, OTHER_DEVICE};
+use super::collective::Collective;
 use super::engine::Command;
+use super::error::Result;
 use super::event::Event;
 use super::members::Members;
+use super::nccl::{Gpu, GpuLane};
 use super::operation::{Operation, submit};
-use super::schedule::{
-    AllGather, AllGatherAsBf16, AllToAll, Broadcast, Form, Place, PointToPoint, ReduceScatter,
-    Schedule, Target, Way,
-};
+use super::schedule::{Place, Target, Way};
 use super::ticket::{Promise, Ticket};
 use super::waiters::{Label, Waiters};
-
-/// The schedules of an operation, or why its arguments do not fit.
-type Plan = Result<Vec<Box<dyn Schedule>>, String>;
 
 /// The type in which the elements of a sum travel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,10 +34,15 @@ pub enum Wire {
 /// called, which must be the same on all of its ranks. Lanes run independently of each other, unless
 /// [`Lane::after`] makes an operation of one wait for an operation of another.
 ///
-/// Every operation takes a tensor and returns a [`Ticket`] at once. The tensor must be contiguous
-/// and on the CPU; it belongs to the operation until the ticket gives it back. If it shares its
-/// storage with other tensors (a view of a larger buffer), the shared part must not be touched in
-/// the meantime.
+/// Every operation takes a tensor and returns a [`Ticket`] at once. The tensor must be contiguous;
+/// it belongs to the operation until the ticket gives it back. If it shares its storage with other
+/// tensors (a view of a larger buffer), the shared part must not be touched in the meantime.
+///
+/// The tensor's device decides who carries it: the rank's transport those of the CPU, and NCCL those
+/// of the rank's GPU, on lanes that were made after [`Comm::open_gpu`](super::Comm::open_gpu). The
+/// two are queues of their own. On a GPU, an operation comes after everything that the thread has
+/// issued to its current stream; the lane runs it in a stream of its own, and the host waits for
+/// nothing. A lane of one rank takes tensors of any device.
 ///
 /// An argument that does not fit gives a ticket that fails; nothing is sent and the lane stays
 /// usable. An operation that fails on its way poisons its lane: all later ones fail as well.
@@ -56,25 +57,39 @@ pub struct Lane {
     waiters: Waiters,
     /// Present on a lane of one rank, where nothing has to travel.
     alone: Option<Arc<Alone>>,
+    /// Present where the lane carries tensors of a GPU.
+    gpu: Option<GpuLane>,
     /// What the operations of this handle come after.
     after: Vec<Event>,
 }
 
+/// Who runs an operation.
+enum Carrier<'a> {
+    /// The communication thread, or this one on a lane of one rank.
+    Host,
+    /// NCCL.
+    Gpus(&'a GpuLane),
+    /// This thread, on a lane of one rank.
+    AloneOnGpu(&'a Alone, Gpu),
+}
+
 impl Lane {
     pub(super) fn new(
-        members: Members,
+        members: Arc<Members>,
         place: Place,
         rank: usize,
         commands: Option<Sender<Command>>,
         waiters: Waiters,
+        gpu: Option<GpuLane>,
     ) -> Self {
         Self {
-            members: Arc::new(members),
+            members,
             place,
             rank,
             commands,
             waiters,
             alone: (place.size == 1).then(Arc::default),
+            gpu,
             after: Vec::new(),
         }
     }
@@ -104,6 +119,27 @@ impl Lane {
         &self.members.ranks
     }
 
+    /// The version of NCCL that carries this lane's tensors of GPUs, as in `2.28.9`.
+    #[must_use]
+    pub fn nccl_version(&self) -> Option<String> {
+        self.gpu.as_ref().map(|gpu| gpu.version().to_string())
+    }
+
+    /// Whether all is well between this rank's GPU and the others, as far as is known. A host that
+    /// waits for a GPU asks now and then: what is awaited may never come, and after an error it holds
+    /// parts of results. True of all lanes of the rank, whichever is asked.
+    ///
+    /// # Errors
+    /// What NCCL says, with the lane and the operation that it runs; [`Error::Interrupted`] when the
+    /// step has been given up.
+    ///
+    /// [`Error::Interrupted`]: super::Error::Interrupted
+    pub fn check(&self) -> Result<()> {
+        self.waiters
+            .gpus()
+            .map_or(Ok(()), |gpus| gpus.check(&self.waiters))
+    }
+
     /// A handle on the same lane and the same queue whose operations do not start before the one of
     /// `ticket`, an operation of this rank on another lane, has ended; nor before whatever this
     /// handle waits for already. An operation that must not start yet holds up those behind it on
@@ -121,6 +157,9 @@ impl Lane {
     ///
     /// On a lane of one rank tickets are ready at once as long as nothing has to be waited for. From
     /// the first operation that must wait, that lane has a queue like any other.
+    ///
+    /// Between GPUs, the lane's stream waits for the other one's. An operation on the CPU cannot come
+    /// after one on a GPU that way, nor the other way round: it is refused.
     #[must_use = "operations of the original handle do not wait"]
     pub fn after(&self, ticket: &Ticket) -> Self {
         let mut lane = self.clone();
@@ -132,22 +171,14 @@ impl Lane {
     /// `buffer[index·slice..(index+1)·slice]` holds the sum over all ranks of that slice, added in
     /// f32 in rank order, and the rest is unspecified.
     pub fn reduce_scatter(&self, buffer: Tensor, wire: Wire) -> Ticket {
-        let place = self.place;
-        self.submit("reduce-scatter", buffer, |buffer| {
-            let form = summed_form(buffer, place, wire)?;
-            Ok(vec![Box::new(ReduceScatter::new(
-                buffer,
-                Target::InPlace,
-                place,
-                form,
-            ))])
-        })
+        let checked = Collective::reduce_scatter(&buffer, self.place, wire);
+        self.submit("reduce-scatter", buffer, None, checked)
     }
 
     /// Like [`Lane::reduce_scatter`], but this rank's sum goes to `into` and `buffer` is left as it
     /// was: `into` is `[slice]` f32 (any shape of as many elements) and shares no memory with
     /// `buffer`. It is overwritten, or with `accumulate` becomes `into[i] + sum[i]`, where `sum[i]`
-    /// is formed in rank order first.
+    /// is formed first.
     ///
     /// The ticket gives `buffer` back; keep a view of `into` to read it, and do not touch it until
     /// then. After a failure it holds parts of the result.
@@ -158,223 +189,133 @@ impl Lane {
         into: Tensor,
         accumulate: bool,
     ) -> Ticket {
-        let place = self.place;
-        let target = checked(&into).map_err(|reason| format!("the target: {reason}"));
-        let plan = |buffer: Buffer| -> Plan {
-            let form = summed_form(buffer, place, wire)?;
-            let target = target?;
-            expect_target(target, buffer, place)?;
-            let target = if accumulate {
-                Target::Add(target)
-            } else {
-                Target::Write(target)
-            };
-            Ok(vec![Box::new(ReduceScatter::new(
-                buffer, target, place, form,
-            ))])
-        };
-        let planned = checked(&buffer).and_then(plan);
-        self.submit_planned("reduce-scatter-into", buffer, Some(into), planned)
+        let checked = Collective::reduce_scatter_into(&buffer, self.place, wire, &into, accumulate);
+        self.submit("reduce-scatter-into", buffer, Some(into), checked)
     }
 
     /// Gathers slices: `buffer` is `[size · slice]` of any type that lanes carry, with the slice at
     /// `index` filled; afterwards it holds the slices of all ranks.
     pub fn all_gather(&self, buffer: Tensor) -> Ticket {
-        let place = self.place;
-        self.submit("all-gather", buffer, |buffer| {
-            expect_slices(buffer, place)?;
-            Ok(vec![Box::new(AllGather::new(buffer, place))])
-        })
+        let checked = Collective::all_gather(&buffer, self.place);
+        self.submit("all-gather", buffer, None, checked)
     }
 
-    /// Sums `buffer` (f32 or f64, any shape) over the ranks in rank order; the result has the same
-    /// bits on every rank.
+    /// Sums `buffer` (f32 or f64, any shape) over the ranks, on the CPU in rank order; the result has
+    /// the same bits on every rank.
     pub fn all_reduce(&self, buffer: Tensor) -> Ticket {
-        let place = self.place;
-        self.submit("all-reduce", buffer, |buffer| {
-            expect_element(buffer, &[Element::F32, Element::F64])?;
-            let form = if buffer.element() == Element::F64 {
-                Form::F64
-            } else {
-                Form::F32
-            };
-            Ok(vec![
-                Box::new(ReduceScatter::new(buffer, Target::InPlace, place, form)),
-                Box::new(AllGather::new(buffer, place)),
-            ])
-        })
+        let checked = Collective::all_reduce(&buffer);
+        self.submit("all-reduce", buffer, None, checked)
     }
 
     /// Like [`Lane::all_reduce`] of f32, with elements that travel as `wire` says. As bf16, every
-    /// contribution is rounded, they are added in f32, and the sum is rounded; the result has the
-    /// same bits on every rank.
+    /// contribution is rounded, they are added in f32 in rank order, and the sum is rounded; the
+    /// result has the same bits on every rank.
     pub fn all_reduce_as(&self, buffer: Tensor, wire: Wire) -> Ticket {
         if wire == Wire::F32 || self.place.size == 1 {
             return self.all_reduce(buffer);
         }
-        let place = self.place;
-        self.submit("all-reduce", buffer, |buffer| {
-            expect_element(buffer, &[Element::F32])?;
-            let form = Form::F32AsBf16;
-            Ok(vec![
-                Box::new(ReduceScatter::new(buffer, Target::InPlace, place, form)),
-                Box::new(AllGatherAsBf16::new(buffer, place)),
-            ])
-        })
+        let checked = Collective::all_reduce_as_bf16(&buffer);
+        self.submit("all-reduce", buffer, None, checked)
     }
 
     /// Copies `buffer` (any type that lanes carry, any shape, the same on all ranks) of the rank at
     /// index `root` of the lane to all others.
     pub fn broadcast(&self, buffer: Tensor, root: usize) -> Ticket {
-        let place = self.place;
-        self.submit("broadcast", buffer, |buffer| {
-            if root >= place.size {
-                return Err(format!(
-                    "root {root} is not an index of its {} ranks (ranks count from 0)",
-                    place.size
-                ));
-            }
-            Ok(vec![Box::new(Broadcast::new(buffer, place, root))])
-        })
+        let checked = Collective::broadcast(&buffer, self.place, root);
+        self.submit("broadcast", buffer, None, checked)
     }
 
     /// Transposes slices: `buffer` is `[size · slice]`; afterwards its slice *j* is what slice
     /// `index` was on the rank at index *j*.
     pub fn all_to_all(&self, buffer: Tensor) -> Ticket {
-        let place = self.place;
-        self.submit("all-to-all", buffer, |buffer| {
-            expect_slices(buffer, place)?;
-            Ok(vec![Box::new(AllToAll::new(buffer, place))])
-        })
+        let checked = Collective::all_to_all(&buffer, self.place);
+        self.submit("all-to-all", buffer, None, checked)
     }
 
     /// Sends `buffer` to the rank at index `peer`, which must call [`Lane::recv`] with a tensor of
-    /// as many bytes. The queue stands still until it has arrived.
+    /// as many bytes, on a GPU of the same type. The queue stands still until it has arrived.
     pub fn send(&self, buffer: Tensor, peer: usize) -> Ticket {
-        self.point_to_point("send", buffer, peer, Way::Send)
+        let checked = Collective::message(&buffer, self.place, peer, Way::Send);
+        self.submit("send", buffer, None, checked)
     }
 
     /// Fills `buffer` with what the rank at index `peer` sends.
     pub fn recv(&self, buffer: Tensor, peer: usize) -> Ticket {
-        self.point_to_point("recv", buffer, peer, Way::Receive)
+        let checked = Collective::message(&buffer, self.place, peer, Way::Receive);
+        self.submit("recv", buffer, None, checked)
     }
 
-    fn point_to_point(&self, name: &'static str, buffer: Tensor, peer: usize, way: Way) -> Ticket {
-        let place = self.place;
-        self.submit(name, buffer, |buffer| {
-            if peer >= place.size || peer == place.index {
-                return Err(format!(
-                    "peer {peer} must be the index of another of its {} ranks, own index {}",
-                    place.size, place.index
-                ));
-            }
-            Ok(vec![Box::new(PointToPoint::new(buffer, peer, way))])
-        })
-    }
-
-    /// An operation in place, which has nothing to do on a lane of one rank.
+    /// Passes on an operation that has been checked, or refuses it.
     fn submit(
         &self,
         name: &'static str,
         tensor: Tensor,
-        plan: impl FnOnce(Buffer) -> Plan,
-    ) -> Ticket {
-        let alone = self.place.size == 1;
-        let buffer = if alone {
-            // It may lie on a GPU.
-            described(&tensor)
-        } else {
-            checked(&tensor)
-        };
-        let planned = buffer.and_then(plan);
-        let phases = planned.map(|phases| if alone { Vec::new() } else { phases });
-        self.submit_planned(name, tensor, None, phases)
-    }
-
-    /// Passes on an operation that has been checked and cut into schedules, or refuses it.
-    fn submit_planned(
-        &self,
-        name: &'static str,
-        tensor: Tensor,
         into: Option<Tensor>,
-        planned: Plan,
+        checked: Result<Collective, String>,
     ) -> Ticket {
         let label = Label {
             operation: name,
             lane: Arc::clone(&self.members),
         };
         let (promise, ticket) = Promise::new(self.rank, label, self.waiters.clone());
-        let (phases, refused) = match planned {
-            Ok(phases) => (phases.into(), None),
-            Err(reason) => (VecDeque::new(), Some(reason)),
-        };
-        let operation = Operation {
+        let mut operation = Operation {
             name,
             lane: Arc::clone(&self.members),
             tensor,
             into,
-            phases,
+            phases: VecDeque::new(),
             after: self.after.clone(),
             promise,
         };
-        match (refused, &self.alone) {
-            (Some(reason), _) => operation.refuse(reason),
-            (None, Some(alone)) => alone.run(operation, self.commands.as_ref()),
-            (None, None) => submit(operation, self.commands.as_ref()),
+        let carried = checked.and_then(|collective| {
+            let carrier = self.carrier(collective.device())?;
+            Ok((collective, carrier))
+        });
+        match carried {
+            Err(reason) => operation.refuse(reason),
+            Ok((collective, Carrier::Gpus(gpu))) => gpu.run(operation, collective, &self.waiters),
+            Ok((collective, Carrier::AloneOnGpu(alone, gpu))) => {
+                alone.run_on_gpu(operation, collective.target(), gpu);
+            }
+            Ok((collective, Carrier::Host)) => {
+                let in_place = matches!(collective.target(), Target::InPlace);
+                if self.alone.is_none() || !in_place {
+                    operation.phases = collective.schedules(self.place).into();
+                }
+                match &self.alone {
+                    _ if self.after.iter().any(Event::is_on_gpu) => {
+                        operation.refuse(OTHER_DEVICE.to_owned());
+                    }
+                    Some(alone) => alone.run(operation, self.commands.as_ref()),
+                    None => submit(operation, self.commands.as_ref()),
+                }
+            }
         }
         ticket
     }
-}
 
-/// The form in which `buffer` is summed.
-fn summed_form(buffer: Buffer, place: Place, wire: Wire) -> Result<Form, String> {
-    expect_element(buffer, &[Element::F32])?;
-    expect_slices(buffer, place)?;
-    Ok(match wire {
-        Wire::Bf16 if place.size > 1 => Form::F32AsBf16,
-        // Alone, nothing travels and nothing is rounded.
-        _ => Form::F32,
-    })
-}
+    /// The half that carries tensors of a GPU.
+    #[cfg(test)]
+    pub(super) fn gpu_half(&self) -> Option<&GpuLane> {
+        self.gpu.as_ref()
+    }
 
-/// Checks the tensor that the own slice's sum goes to.
-fn expect_target(into: Buffer, buffer: Buffer, place: Place) -> Result<(), String> {
-    expect_element(into, &[Element::F32]).map_err(|reason| format!("the target: {reason}"))?;
-    let slice = buffer.elements() / place.size;
-    if into.elements() != slice {
-        return Err(format!(
-            "expected a target of the {slice} elements of one slice, found {}",
-            into.elements()
-        ));
+    /// Who runs operations on tensors of `device`.
+    fn carrier(&self, device: Device) -> Result<Carrier<'_>, String> {
+        match (&self.gpu, Gpu::of(device), &self.alone) {
+            (_, None, _) | (None, _, None) if device == Device::Cpu => Ok(Carrier::Host),
+            (Some(lane), Some(gpu), _) if lane.gpu() == gpu => Ok(Carrier::Gpus(lane)),
+            (None, Some(gpu), Some(alone)) => Ok(Carrier::AloneOnGpu(alone, gpu)),
+            (Some(lane), ..) => Err(format!(
+                "expected a tensor on the CPU or on this rank's {}, found one on {device:?}",
+                lane.gpu()
+            )),
+            (None, ..) => Err(format!(
+                "expected a CPU tensor, found one on {device:?}; lanes carry tensors of GPUs when \
+                 they are made after the rank's GPU has been opened"
+            )),
+        }
     }
-    if into.overlaps(&buffer) {
-        return Err(
-            "expected a target apart from the buffer, found one that shares memory with it"
-                .to_owned(),
-        );
-    }
-    Ok(())
-}
-
-fn expect_element(buffer: Buffer, expected: &[Element]) -> Result<(), String> {
-    if expected.contains(&buffer.element()) {
-        return Ok(());
-    }
-    Err(format!(
-        "expected elements of type {expected:?}, found {:?}",
-        buffer.element()
-    ))
-}
-
-fn expect_slices(buffer: Buffer, place: Place) -> Result<(), String> {
-    if buffer.elements().is_multiple_of(place.size) {
-        return Ok(());
-    }
-    Err(format!(
-        "expected one equal slice for each of {} ranks, found {} elements; pad the buffer",
-        place.size,
-        buffer.elements()
-    ))
 }
 
 #[cfg(test)]

@@ -11,8 +11,9 @@ use super::engine::Command;
 use super::error::Error;
 use super::event::{Event, Gate, gate};
 use super::members::Members;
+use super::nccl::Pending;
 use super::schedule::Schedule;
-use super::ticket::{Promise, Traffic};
+use super::ticket::{Given, Promise, Traffic};
 
 /// A checked operation that is not done.
 pub(super) struct Operation {
@@ -22,7 +23,7 @@ pub(super) struct Operation {
     pub(super) tensor: Tensor,
     /// A second tensor that the schedules write to, if there is one. Messages never touch it.
     pub(super) into: Option<Tensor>,
-    /// Run one after the other.
+    /// Run one after the other by the communication thread; a GPU needs none.
     pub(super) phases: VecDeque<Box<dyn Schedule>>,
     /// What must have ended well before it starts.
     pub(super) after: Vec<Event>,
@@ -44,8 +45,19 @@ impl Operation {
             bytes_sent,
             begun,
             busy_seconds,
+            on_gpu: None,
         };
-        self.promise.fulfil(Ok((self.tensor, traffic)));
+        self.promise.fulfil(Ok(Given::Ended(self.tensor, traffic)));
+    }
+
+    /// What is left of one whose tensors are on their way by other means.
+    pub(super) fn into_parts(self) -> (Promise, Tensor, Option<Tensor>) {
+        (self.promise, self.tensor, self.into)
+    }
+
+    /// Hands over what streams of a GPU will be done with: for the host, the operation is over.
+    pub(super) fn issued(promise: Promise, pending: Pending) {
+        promise.fulfil(Ok(Given::Issued(pending)));
     }
 
     /// Ends it, not run, because `cause` has poisoned its lane.
@@ -55,8 +67,7 @@ impl Operation {
             operation: self.name,
             cause: Arc::clone(cause),
         };
-        drop((self.tensor, self.into));
-        self.promise.fulfil(Err(error));
+        self.fail(error);
     }
 
     /// Ends it, not run, because an operation that it comes after has failed with `cause`. Returns
@@ -67,8 +78,7 @@ impl Operation {
             operation: self.name,
             cause,
         };
-        drop((self.tensor, self.into));
-        self.promise.fulfil(Err(error.clone()));
+        self.fail(error.clone());
         Arc::new(error)
     }
 
@@ -79,6 +89,11 @@ impl Operation {
             operation: self.name,
             reason,
         };
+        self.fail(error);
+    }
+
+    /// Ends it with `error`. Nobody works on its memory.
+    pub(super) fn fail(self, error: Error) {
         drop((self.tensor, self.into));
         self.promise.fulfil(Err(error));
     }

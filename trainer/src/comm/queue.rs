@@ -83,7 +83,7 @@ impl<R> LaneQueue<R> {
             None => return false,
             Some(head) => head.gate(),
         };
-        if matches!(gate, Gate::Shut) {
+        if matches!(gate, Gate::Shut | Gate::Behind(_)) {
             return false;
         }
         let Some(head) = self.waiting.pop_front() else {
@@ -162,7 +162,7 @@ mod tests {
 
     use tch::Tensor;
 
-    use super::super::event::Event;
+    use super::super::event::{Ending, Event};
     use super::super::threads::{self, Request};
     use super::*;
 
@@ -192,7 +192,7 @@ mod tests {
             assert!(!queue.poll(&mut transport) && queue.busy());
         }
         assert!(tickets.iter().all(|ticket| !ticket.is_ready()));
-        event.happen(None);
+        event.happen(Ending::Well);
         assert!(queue.poll(&mut transport) && !queue.busy());
         for ticket in tickets {
             assert!(ticket.wait().unwrap().1.begun.is_some());

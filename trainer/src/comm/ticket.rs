@@ -1,6 +1,8 @@
 //! Tickets: the two ends of one operation's future result.
 //!
-//! The step thread keeps a [`Ticket`], the communication thread the matching [`Promise`]. A ticket
+//! The step thread keeps a [`Ticket`], the communication thread the matching [`Promise`]. The promise
+//! of an operation on GPUs is kept as soon as it is issued: what it hands over is the knowledge of
+//! where in the lane's stream the operation ends. A ticket
 //! may be dropped without waiting: the promise then owns the tensor until the operation is done. A
 //! promise that is dropped without a result (the communication thread died) wakes the waiter with
 //! an error, so nobody waits for ever.
@@ -11,26 +13,38 @@ use std::time::{Duration, Instant};
 use tch::Tensor;
 
 use super::error::{Error, Result};
-use super::event::Event;
+use super::event::{Ending, Event};
+use super::nccl::{Pending, Times};
 use super::waiters::{Label, Waiters};
 
 /// What one operation cost this rank.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[derive(Debug, Default)]
 pub struct Traffic {
-    /// Payload bytes that this rank sent to others.
+    /// Payload bytes that this rank sent to others; on GPUs, those that it sends on around a ring.
     pub bytes_sent: u64,
     /// When it started: it had reached the head of its lane, and what it comes after had ended.
-    /// Absent when there was nothing to do, on a lane of one rank.
+    /// Absent when there was nothing to do, on a lane of one rank, and on GPUs, whose clock is
+    /// another one.
     pub begun: Option<Instant>,
     /// Seconds from `begun` to its end. The part of them that a step had to wait for is measured by
-    /// the caller of [`Ticket::wait`].
+    /// the caller of [`Ticket::wait`]. Zero on GPUs, where both are not known yet.
     pub busy_seconds: f64,
+    /// On GPUs, what will be known of both once their streams have come so far.
+    pub on_gpu: Option<Times>,
 }
 
 /// How often a waiter looks whether it has been interrupted.
 const LOOK: Duration = Duration::from_millis(100);
 
-type Outcome = Result<(Tensor, Traffic)>;
+/// What a ticket that has not failed gives.
+pub(super) enum Given {
+    /// The operation has ended.
+    Ended(Tensor, Traffic),
+    /// It has been issued to a GPU, which is to end it.
+    Issued(Pending),
+}
+
+type Outcome = Result<Given>;
 
 struct Slot {
     outcome: Mutex<Option<Outcome>>,
@@ -56,6 +70,10 @@ pub struct Ticket {
 impl Ticket {
     /// Blocks until the operation is done and gives the tensor back.
     ///
+    /// On a GPU the current stream of this thread waits, and the host goes on at once: work that is
+    /// issued from here on finds the result. What the operation comes to is then seen later, by
+    /// [`Lane::check`](super::Lane::check).
+    ///
     /// # Errors
     /// Whatever stopped the operation; it names the lane, the operation and the peer.
     /// [`Error::Interrupted`] when it is not done and nobody shall wait for it.
@@ -63,8 +81,14 @@ impl Ticket {
         let mut outcome = self.slot.lock();
         let mut waiting = None;
         loop {
-            if let Some(outcome) = outcome.take() {
-                return outcome;
+            match outcome.take() {
+                None => {}
+                Some(Ok(Given::Ended(tensor, traffic))) => return Ok((tensor, traffic)),
+                Some(Ok(Given::Issued(pending))) => {
+                    drop(outcome);
+                    return pending.wait(&self.label, &self.waiters);
+                }
+                Some(Err(error)) => return Err(error),
             }
             if self.waiters.interrupted() {
                 return Err(Error::Interrupted {
@@ -78,10 +102,14 @@ impl Ticket {
         }
     }
 
-    /// Whether [`Ticket::wait`] would return at once.
+    /// Whether the operation has ended, so that [`Ticket::wait`] would wait for nothing.
     #[must_use]
     pub fn is_ready(&self) -> bool {
-        self.slot.lock().is_some()
+        match &*self.slot.lock() {
+            None => false,
+            Some(Ok(Given::Issued(pending))) => pending.is_done(),
+            Some(_) => true,
+        }
     }
 
     /// The end of the operation, for those that come after it.
@@ -136,8 +164,11 @@ impl Promise {
 
     /// The event comes first: whoever has the outcome may count on it.
     fn end(&self, outcome: Outcome) {
-        let failure = outcome.as_ref().err().map(|error| Arc::new(error.clone()));
-        self.event.happen(failure);
+        self.event.happen(match &outcome {
+            Ok(Given::Ended(..)) => Ending::Well,
+            Ok(Given::Issued(pending)) => Ending::Issued(pending.ends().to_vec()),
+            Err(error) => Ending::Badly(Arc::new(error.clone())),
+        });
         *self.slot.lock() = Some(outcome);
         self.slot.done.notify_all();
     }
@@ -197,11 +228,16 @@ mod tests {
             bytes_sent: 8,
             begun: Some(Instant::now()),
             busy_seconds: 0.5,
+            on_gpu: None,
         };
-        promise.fulfil(Ok((Tensor::from_slice(&[1f32, 2.0]), traffic)));
+        let begun = traffic.begun;
+        promise.fulfil(Ok(Given::Ended(Tensor::from_slice(&[1f32, 2.0]), traffic)));
         assert!(ticket.is_ready());
         let (tensor, seen) = ticket.wait().unwrap();
         assert_eq!(Vec::<f32>::try_from(&tensor).unwrap(), [1.0, 2.0]);
-        assert_eq!(seen, traffic);
+        assert_eq!(
+            (seen.bytes_sent, seen.begun, seen.busy_seconds),
+            (8, begun, 0.5)
+        );
     }
 }

@@ -2,8 +2,8 @@
 //!
 //! The dtype is kept, since it decides what the run computes; so is the engine of products where it
 //! is not known which one is faster. Which instructions compute it, which engine where that is
-//! known, and which of libtorch's kernels attend on a GPU, follow the machine: the loss curve is the
-//! same up to rounding, its bits are not, so a change is an event.
+//! known, which of libtorch's kernels attend on a GPU, and which NCCL adds between GPUs, follow the
+//! machine: the loss curve is the same up to rounding, its bits are not, so a change is an event.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -28,6 +28,7 @@ const DTYPE: &str = "dtype";
 const DEVICE: &str = "device";
 const GPU: &str = "gpu";
 const ATTENTION: &str = "attention";
+const NCCL: &str = "nccl";
 const SIMD: &str = "simd";
 const PRODUCTS: &str = "products";
 const WEIGHT_GRADIENTS: &str = "weight_gradients";
@@ -36,11 +37,12 @@ const WEIGHT_GRADIENTS: &str = "weight_gradients";
 const TRIAL_ROWS: usize = 2048;
 
 /// The choices of a run that computes in `dtype` on `device`, with attention heads of `head_dim`
-/// elements.
+/// elements, and gradients that version `nccl` of NCCL carries.
 fn choices(
     device: Device,
     dtype: Dtype,
     head_dim: usize,
+    nccl: Option<String>,
 ) -> Result<BTreeMap<String, Value>, RunError> {
     let mut choices = vec![(DTYPE, dtype_name(dtype).to_owned())];
     if let Device::Cuda(ordinal) = device {
@@ -51,6 +53,7 @@ fn choices(
             (GPU, format!("{}, {}", gpu.name, gpu.architecture)),
             (ATTENTION, format!("{whole}, packed {packed}")),
         ]);
+        choices.extend(nccl.map(|version| (NCCL, version)));
     } else {
         let engine = Engine::of(kind(dtype));
         choices.extend([
@@ -193,7 +196,8 @@ impl Trainer<'_> {
 
     /// The choices of this run.
     pub(super) fn choices(&self) -> Result<BTreeMap<String, Value>, RunError> {
-        choices(self.device, self.dtype, self.config.model.head_dim)
+        let nccl = self.ranks.world.nccl_version();
+        choices(self.device, self.dtype, self.config.model.head_dim, nccl)
     }
 }
 

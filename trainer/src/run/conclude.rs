@@ -123,7 +123,12 @@ impl Trainer<'_> {
         taken: &Taken,
         given_up: &dyn Fn() -> bool,
     ) -> Result<Conclusion, RunError> {
-        let agreement = self.control.read(given_up)?;
+        // What is awaited never comes where the GPUs have lost each other, and is no agreement where
+        // they have been torn apart.
+        let lost = || given_up() || self.ranks.world.check().is_err();
+        let agreement = self.control.read(&lost);
+        self.ranks.world.check()?;
+        let agreement = agreement?;
         let verdict = agreement.verdict(&self.spikes);
         let flags = agreement.flags;
         self.hear(flags);

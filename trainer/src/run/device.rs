@@ -1,6 +1,6 @@
 //! Where a run computes: the processor, or a GPU for each rank.
 
-use oxitron_kernels::cuda::{self, DeviceMemory, Numerics};
+use oxitron_kernels::cuda::{self, DeviceMemory, Numerics, Piece};
 use oxitron_kernels::memory;
 use oxitron_kernels::product::Engine;
 use oxitron_kernels::simd;
@@ -8,11 +8,13 @@ use oxitron_kernels::simd;
 use super::RunError;
 use super::memory::Peak;
 use super::plan::{dtype_name, kind};
+use super::ranks::Ranks;
 use crate::comm::Comm;
 use crate::config::{self, Config, Dtype};
 use crate::metrics::peaks;
 
-/// The device that the configuration names, for a plan: nothing is asked of it.
+/// The device that the configuration names, for a plan: nothing is asked of it. What `auto` finds is
+/// known where ranks start.
 pub fn planned(config: &Config) -> tch::Device {
     match config.run.device {
         config::Device::Auto | config::Device::Cpu => tch::Device::Cpu,
@@ -20,29 +22,66 @@ pub fn planned(config: &Config) -> tch::Device {
     }
 }
 
-/// Makes the device of this rank ready: the GPU with the number that the rank has on its node.
+/// Makes the device of this rank ready, and brings the GPUs of all ranks together: each rank takes
+/// the GPU with the number that it has on its host. `auto` takes GPUs where every rank has one.
 ///
 /// # Errors
 /// [`RunError::Plan`] for what cannot compute there, with what is missing.
-pub(super) fn open(config: &Config, comm: &Comm) -> Result<tch::Device, RunError> {
-    if config.run.device != config::Device::Cuda {
-        return Ok(tch::Device::Cpu);
+pub(super) fn open(config: &Config, comm: &Comm, ranks: &Ranks) -> Result<tch::Device, RunError> {
+    let found = match config.run.device {
+        config::Device::Cpu => return Ok(tch::Device::Cpu),
+        config::Device::Auto if !cuda::has_driver() => Err("no NVIDIA driver".to_owned()),
+        config::Device::Auto | config::Device::Cuda => find(comm),
+    };
+    if config.run.device == config::Device::Auto {
+        if !ranks.all(found.is_ok())? {
+            // Without a driver nobody expects anything else.
+            if let (Err(reason), true) = (&found, cuda::has_driver()) {
+                tracing::info!("device auto: the processor, because of this: {reason}");
+            }
+            return Ok(tch::Device::Cpu);
+        }
     }
-    if comm.world() > 1 {
-        return Err(RunError::Plan(format!(
-            "`run.device` is \"cuda\" with {} ranks, but gradients do not travel between GPUs yet: \
-             start one rank, or compute on the processor",
-            comm.world()
-        )));
-    }
+    let refused = |reason: String| RunError::Plan(format!("`run.device`: {reason}"));
     let numerics = Numerics {
         deterministic: config.run.deterministic,
         ..Numerics::default()
     };
-    let prepare = || cuda::prepare(comm.local_rank(), numerics);
-    let name = prepare().map_err(|error| RunError::Plan(format!("`run.device`: {error}")))?;
+    let ordinal = comm.local_rank();
+    let prepared = found.map_err(refused).and_then(|()| {
+        let prepared = cuda::prepare(ordinal, numerics);
+        prepared.map_err(|error| refused(error.to_string()))
+    });
+    let name = ranks.together(prepared)?;
     tracing::info!("computing on {name}");
-    Ok(tch::Device::Cuda(comm.local_rank()))
+    if comm.world() > 1 {
+        let joined = comm.open_gpu(ordinal);
+        ranks.together(joined.map_err(|error| refused(error.to_string())))?;
+    }
+    Ok(tch::Device::Cuda(ordinal))
+}
+
+/// Whether this rank can have a GPU of its own, or what is missing.
+fn find(comm: &Comm) -> Result<(), String> {
+    for (piece, found) in cuda::pieces() {
+        if *piece != Piece::Nccl || comm.world() > 1 {
+            found.as_ref().map_err(Clone::clone)?;
+        }
+    }
+    let seen = cuda::devices().map_err(|error| error.to_string())?.len();
+    enough(seen, comm.local_world())
+}
+
+/// Refuses more ranks on a host than GPUs.
+fn enough(seen: usize, local_ranks: usize) -> Result<(), String> {
+    if seen >= local_ranks {
+        return Ok(());
+    }
+    Err(format!(
+        "this host has {local_ranks} ranks and this process sees {seen} GPUs, of which each rank \
+         needs one: start at most as many ranks on a host as it has GPUs, and let every rank see all \
+         of them (CUDA_VISIBLE_DEVICES; under Slurm `--gpus-per-node`, not `--gpus-per-task`)"
+    ))
 }
 
 /// What computes, in a few words.
@@ -108,4 +147,22 @@ pub(super) fn peak_flops(config: &Config, device: tch::Device, dtype: Dtype) -> 
         );
     }
     Some(known? * TERA)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn more_ranks_than_gpus_are_refused_with_both_numbers() {
+        enough(8, 8).unwrap();
+        enough(8, 1).unwrap();
+        let error = enough(2, 3).unwrap_err();
+        assert!(
+            error.contains("3 ranks") && error.contains("sees 2 GPUs"),
+            "{error}"
+        );
+        assert!(error.contains("CUDA_VISIBLE_DEVICES"), "{error}");
+    }
 }

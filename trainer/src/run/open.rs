@@ -45,7 +45,12 @@ impl<'a> Trainer<'a> {
         check_nodes(config, &ranks, comm)?;
         set_threads(config, comm.local_world())?;
         memory::install()?;
-        let device = ranks.together(device::open(config, comm))?;
+        let device = device::open(config, comm, &ranks)?;
+        let ranks = match device {
+            Device::Cpu => ranks,
+            // Its lane reaches the GPUs now.
+            _ => Ranks::new(comm)?,
+        };
 
         let lock = || RunFolder::lock(&config.run.dir);
         let folder = ranks.together(if ranks.leads() {

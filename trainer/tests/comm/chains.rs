@@ -5,8 +5,10 @@ use std::time::Duration;
 use oxitron_trainer::comm::{Comm, Error, Lane, Ticket, Wire};
 use tch::{Device, Kind, Tensor};
 
-use crate::suite::{LENGTHS, LONG, shard_size};
-use crate::values::{assert_bits, expected_sum, floats, input, mix, on_the_wire, scattered_bytes};
+use super::suite::{LENGTHS, LONG, shard_size};
+use super::values::{
+    assert_bits, expected_sum, floats, has_run, here, input, mix, on_the_wire, scattered_bytes,
+};
 
 /// All cases on one rank. All ranks of a world call it together.
 pub fn run(comm: &Comm) {
@@ -38,7 +40,7 @@ fn check_into(lane: &Lane, ticket: Ticket, into: &Tensor, seed: u64, wire: Wire,
     });
     assert_bits(&floats(into), expected, &what);
     assert_eq!(traffic.bytes_sent, scattered_bytes(lane, slice, wire));
-    assert!(traffic.begun.is_some());
+    assert!(has_run(&traffic));
 }
 
 fn sums_go_to_a_tensor_apart(lane: &Lane) {
@@ -49,7 +51,11 @@ fn sums_go_to_a_tensor_apart(lane: &Lane) {
             for (seed, slice) in (50..).zip(LENGTHS.into_iter().chain(more)) {
                 let buffer = input(seed, lane.index(), slice * lane.size());
                 // A view in the middle of a larger tensor, as a unit's slice is.
-                let home = Tensor::full([slice as i64 + 9], 7.5, (Kind::Float, Device::Cpu));
+                let home = here(Tensor::full(
+                    [slice as i64 + 9],
+                    7.5,
+                    (Kind::Float, Device::Cpu),
+                ));
                 let into = home.narrow(0, 4, slice as i64);
                 into.shallow_clone().copy_(&before(lane, seed, slice));
                 let ticket = lane.reduce_scatter_into(buffer, wire, into.shallow_clone(), add);
@@ -69,7 +75,11 @@ fn sums_go_to_a_tensor_apart(lane: &Lane) {
 /// of the queue whatever the order of the waiting.
 fn micro_batches_add_up(lane: &Lane) {
     let slice = 70_001;
-    let into = Tensor::full([slice as i64], f64::NAN, (Kind::Float, Device::Cpu));
+    let into = here(Tensor::full(
+        [slice as i64],
+        f64::NAN,
+        (Kind::Float, Device::Cpu),
+    ));
     let mut tickets: Vec<_> = (60..63)
         .map(|seed| {
             let buffer = input(seed, lane.index(), slice * lane.size());
@@ -90,7 +100,7 @@ fn a_buffer_that_does_not_divide_is_refused(lane: &Lane) {
     if lane.size() == 1 {
         return;
     }
-    let zeros = |length: usize| Tensor::zeros([length as i64], (Kind::Float, Device::Cpu));
+    let zeros = |length: usize| here(Tensor::zeros([length as i64], (Kind::Float, Device::Cpu)));
     let ticket = lane.reduce_scatter_into(zeros(3 * lane.size() + 1), Wire::F32, zeros(3), false);
     let error = ticket.wait().unwrap_err().to_string();
     assert!(error.contains("pad the buffer"), "{error}");

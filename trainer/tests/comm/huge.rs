@@ -3,7 +3,7 @@
 use oxitron_trainer::comm::Comm;
 use tch::{Device, Kind, Tensor};
 
-use crate::suite::each_rank;
+use super::suite::each_rank;
 
 /// Elements of each of two slices: together one more than 2^31, plus one.
 const SLICE: i64 = (1 << 30) + 1;

@@ -1,7 +1,8 @@
 //! One conformance suite for every way of talking between ranks.
 //!
 //! The suite ([`suite`]) runs on worlds of threads of this process and on worlds of MPI processes:
-//! for the latter this program starts itself under `mpirun`. It is its own test harness, since a
+//! for the latter this program starts itself under `mpirun`. On a machine with a GPU it also runs on
+//! NCCL with one rank; with several ranks on emulated GPUs it is part of the library's tests. It is its own test harness, since a
 //! process that initialises MPI must have nothing else in it; it understands as much of the usual
 //! arguments as `cargo test` and `cargo nextest` need.
 
@@ -13,14 +14,16 @@ mod schedules;
 mod suite;
 mod values;
 mod walk;
+mod watch;
 
 use std::process::ExitCode;
 #[cfg(feature = "mpi")]
 use std::process::{Command, Stdio};
-use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use oxitron_trainer::comm::Comm;
+
+use watch::watch;
 
 /// A deadlock is a failure, not a hung build.
 const TIME_LIMIT: Duration = Duration::from_secs(120);
@@ -69,6 +72,7 @@ fn cases() -> Vec<Case> {
         suite::other_lengths_fail,
     ));
     cases.push(case("threads::more_than_2^31_elements", huge::all_gather));
+    cases.push(case("nccl::world_of_1", on_nccl));
     for (world, shard) in MESHES {
         let name = format!("threads::random_schedules_of_{world}_in_groups_of_{shard}");
         cases.push(case(name, move || schedules_on_threads(world, shard)));
@@ -94,6 +98,21 @@ fn cases() -> Vec<Case> {
 
 fn on_threads(world: usize) {
     suite::each_rank(Comm::threads(world).unwrap(), suite::run);
+}
+
+/// NCCL with one rank, on the first GPU.
+fn on_nccl() {
+    match oxitron_kernels::cuda::prepare(0, Default::default()) {
+        Err(missing) => println!("skipped: {missing}"),
+        Ok(name) => {
+            println!("on {name}");
+            values::work_on(tch::Device::Cuda(0));
+            let comm = Comm::solo();
+            comm.open_gpu(0).unwrap();
+            suite::run(comm);
+            values::work_on(tch::Device::Cpu);
+        }
+    }
 }
 
 fn schedule_count() -> u64 {
@@ -169,21 +188,6 @@ fn an_abort_ends_all_processes() {
         said.contains("rank 1 ends the run: the disk is full"),
         "{said}"
     );
-}
-
-/// Ends the process, with a word about what it was at, unless what is returned is dropped in time.
-fn watch(limit: Duration, what: String) -> mpsc::Sender<()> {
-    let (alive, ended) = mpsc::channel();
-    std::thread::spawn(move || {
-        if ended.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout) {
-            eprintln!(
-                "{what}: not finished after {} s: deadlock?",
-                limit.as_secs()
-            );
-            std::process::abort();
-        }
-    });
-    alive
 }
 
 fn main() -> ExitCode {

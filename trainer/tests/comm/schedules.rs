@@ -16,9 +16,9 @@ use std::time::Duration;
 
 use oxitron_trainer::comm::{Comm, Lane, Wire};
 
-use crate::values::{Random, mix};
-use crate::walk::Walk;
-use crate::watch;
+use super::values::{Random, mix};
+use super::walk::Walk;
+use super::watch::watch;
 
 /// Operations of a list.
 const OPERATIONS: usize = 30;

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 use oxitron_trainer::comm::{Comm, Lane, Ticket, Wire};
 use tch::{Kind, Tensor};
 
-use crate::values::{
-    assert_bits, element, expected_sum, floats, input, on_the_wire, scattered_bytes,
+use super::values::{
+    assert_bits, element, expected_sum, floats, here, input, on_the_wire, scattered_bytes,
 };
-use crate::{chains, schedules};
+use super::{chains, schedules};
 
 /// Slice lengths: odd, shorter and longer than a block of the summation, longer than one chunk.
 pub const LENGTHS: [usize; 4] = [1, 7, 1025, 300_001];
@@ -40,6 +40,15 @@ pub fn shard_size(world: usize) -> usize {
 
 /// The whole suite on one rank. All ranks of a world call it together.
 pub fn run(comm: Comm) {
+    conform(&comm);
+    let everybody: Vec<usize> = (0..comm.world()).collect();
+    let lanes = [0, 1].map(|_| comm.lane(&everybody).unwrap());
+    waiting_does_not_burn_a_core(&lanes[0], &lanes[1]);
+    comm.finish().unwrap();
+}
+
+/// What does not measure the process.
+pub fn conform(comm: &Comm) {
     let everybody: Vec<usize> = (0..comm.world()).collect();
     let lane = comm.lane(&everybody).unwrap();
     assert_eq!((lane.size(), lane.index()), (comm.world(), comm.rank()));
@@ -49,11 +58,9 @@ pub fn run(comm: Comm) {
     broadcast_reaches_everybody_from_every_root(&lane);
     messages_run_along_a_chain(&lane);
     a_dropped_ticket_and_a_wrong_argument_do_no_harm(&lane);
-    chains::run(&comm);
-    schedules::run(&comm, shard_size(comm.world()), 0..2);
-    lanes_are_checked(&comm);
-    waiting_does_not_burn_a_core(&lane, &comm.lane(&everybody).unwrap());
-    comm.finish().unwrap();
+    chains::run(comm);
+    schedules::run(comm, shard_size(comm.world()), 0..2);
+    lanes_are_checked(comm);
 }
 
 fn check_reduce_scatter(lane: &Lane, ticket: Ticket, seed: u64, slice: usize, wire: Wire) {
@@ -120,13 +127,17 @@ fn all_reduce_has_the_same_bits_everywhere(lane: &Lane) {
         assert_bits(&floats(&sum), expected, "all-reduce of f32 as bf16");
     }
     // A control record: a few f64, fewer than ranks perhaps.
-    let record = Tensor::from_slice(&[0.1 * (lane.index() + 1) as f64, 1.0, -0.0]);
+    let record = here(Tensor::from_slice(&[
+        0.1 * (lane.index() + 1) as f64,
+        1.0,
+        -0.0,
+    ]));
     let (sum, _) = lane.all_reduce(record).wait().unwrap();
     let mut first = 0.1;
     for member in 1..lane.size() {
         first += 0.1 * (member + 1) as f64;
     }
-    let found = Vec::<f64>::try_from(&sum).unwrap();
+    let found = Vec::<f64>::try_from(&sum.to_device(tch::Device::Cpu)).unwrap();
     assert_eq!(found[0].to_bits(), f64::to_bits(first));
     assert_eq!(found[1], lane.size() as f64);
 }
@@ -141,10 +152,10 @@ fn broadcast_reaches_everybody_from_every_root(lane: &Lane) {
                 .map(|i| if mine { fill(i) } else { 0 })
                 .collect();
             let (copy, _) = lane
-                .broadcast(Tensor::from_slice(&values), root)
+                .broadcast(here(Tensor::from_slice(&values)), root)
                 .wait()
                 .unwrap();
-            let copy = Vec::<u8>::try_from(&copy).unwrap();
+            let copy = Vec::<u8>::try_from(&copy.to_device(tch::Device::Cpu)).unwrap();
             assert!(
                 copy.iter().enumerate().all(|(i, &byte)| byte == fill(i)),
                 "from {root}"
@@ -155,7 +166,7 @@ fn broadcast_reaches_everybody_from_every_root(lane: &Lane) {
 
 /// Each rank receives from the one before it, adds one and sends to the next.
 fn messages_run_along_a_chain(lane: &Lane) {
-    let mut buffer = Tensor::zeros([400_000, 2], (Kind::Float, tch::Device::Cpu));
+    let mut buffer = here(Tensor::zeros([400_000, 2], (Kind::Float, tch::Device::Cpu)));
     if lane.index() > 0 {
         buffer = lane.recv(buffer, lane.index() - 1).wait().unwrap().0;
         assert!(floats(&buffer).iter().all(|&x| x == lane.index() as f32));
@@ -168,15 +179,13 @@ fn messages_run_along_a_chain(lane: &Lane) {
 fn a_dropped_ticket_and_a_wrong_argument_do_no_harm(lane: &Lane) {
     let (seed, slice) = (40, 300_001);
     drop(lane.all_reduce(input(seed, lane.index(), slice)));
-    let uneven = Tensor::zeros(
-        [(lane.size() * 3 + 1) as i64],
-        (Kind::Float, tch::Device::Cpu),
-    );
+    let length = (lane.size() * 3 + 1) as i64;
+    let uneven = here(Tensor::zeros([length], (Kind::Float, tch::Device::Cpu)));
     let ticket = lane.all_gather(uneven);
     if lane.size() > 1 {
         let error = ticket.wait().unwrap_err().to_string();
         assert!(
-            error.starts_with("all-gather on lane 0 (ranks 0, 1"),
+            error.starts_with(&format!("all-gather on lane {} (ranks 0, 1", lane.id())),
             "{error}"
         );
     }

@@ -3,9 +3,30 @@
 //! Inputs come from a hash of (rank, element), so each rank can compute what it must receive, bit
 //! for bit, without asking the others.
 
+use std::cell::Cell;
+
 use half::bf16;
-use oxitron_trainer::comm::{Lane, Wire};
-use tch::Tensor;
+use oxitron_trainer::comm::{Lane, Traffic, Wire};
+use tch::{Device, Tensor};
+
+thread_local! {
+    static DEVICE: Cell<Device> = const { Cell::new(Device::Cpu) };
+}
+
+/// Puts the tensors of this thread's rank on `device` from here on.
+pub fn work_on(device: Device) {
+    DEVICE.set(device);
+}
+
+/// `tensor` where this thread's rank works.
+pub fn here(tensor: Tensor) -> Tensor {
+    tensor.to_device(DEVICE.get())
+}
+
+/// Whether an operation on `lane` says that it ran. A GPU says so later.
+pub fn has_run(traffic: &Traffic) -> bool {
+    traffic.begun.is_some() || traffic.on_gpu.is_some()
+}
 
 /// A 64-bit mix (SplitMix64's finaliser).
 pub fn mix(value: u64) -> u64 {
@@ -27,7 +48,7 @@ pub fn input(seed: u64, member: usize, length: usize) -> Tensor {
     let values: Vec<f32> = (0..length)
         .map(|index| element(seed, member, index))
         .collect();
-    Tensor::from_slice(&values)
+    here(Tensor::from_slice(&values))
 }
 
 /// The sum over `size` members in order, each contribution through `value`.
@@ -41,7 +62,7 @@ pub fn expected_sum(seed: u64, size: usize, index: usize, value: impl Fn(f32) ->
 
 /// The elements of `tensor` (f32), whatever its shape.
 pub fn floats(tensor: &Tensor) -> Vec<f32> {
-    Vec::<f32>::try_from(&tensor.flatten(0, -1)).unwrap()
+    Vec::<f32>::try_from(&tensor.to_device(Device::Cpu).flatten(0, -1)).unwrap()
 }
 
 /// Compares all of `found` bit for bit; `what` says where it comes from.

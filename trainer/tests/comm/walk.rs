@@ -1,4 +1,4 @@
-//! One rank's random way through a list of operations (see [`schedules`](crate::schedules)).
+//! One rank's random way through a list of operations (see [`schedules`](super::schedules)).
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use oxitron_trainer::comm::{Lane, Ticket};
 use tch::Tensor;
 
-use crate::schedules::{Kind, Mesh, REPLICA, SHARD, Step, WORLD, group_seed};
-use crate::values::{Random, assert_bits, element, expected_sum, floats, input, mix, on_the_wire};
+use super::schedules::{Kind, Mesh, REPLICA, SHARD, Step, WORLD, group_seed};
+use super::values::{Random, assert_bits, element, expected_sum, floats, input, mix, on_the_wire};
 
 /// Queued and not waited for.
 struct Pending {

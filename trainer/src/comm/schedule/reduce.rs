@@ -22,7 +22,7 @@ pub(in super::super) enum Form {
 }
 
 impl Form {
-    fn wire_bytes(self) -> usize {
+    pub(in super::super) fn wire_bytes(self) -> usize {
         match self {
             Self::F32 => 4,
             Self::F64 => 8,

@@ -25,13 +25,13 @@ fn on_two_ranks(body: impl Fn(&Comm, &Barrier) + Copy + Send + 'static) {
     }
 }
 
-fn end_of(traffic: Traffic) -> std::time::Instant {
+fn end_of(traffic: &Traffic) -> std::time::Instant {
     // The clock has nanoseconds, the fraction rounds to less than one at this length.
     traffic.begun.unwrap() + Duration::from_secs_f64(traffic.busy_seconds)
 }
 
 /// `later` began when `earlier` had ended: the wait is not part of what it was busy.
-fn assert_follows(later: Traffic, earlier: Traffic) {
+fn assert_follows(later: &Traffic, earlier: &Traffic) {
     let slack = Duration::from_micros(1);
     assert!(later.begun.unwrap() + slack >= end_of(earlier));
 }
@@ -64,8 +64,8 @@ fn an_operation_starts_when_the_one_it_comes_after_has_ended() {
         let (_, first_traffic) = first.wait().unwrap();
         assert_eq!((floats(&second), floats(&third)), (vec![2.0], vec![2.0]));
         assert!(first_traffic.busy_seconds >= LONG_ENOUGH.as_secs_f64() * 0.9);
-        assert_follows(second_traffic, first_traffic);
-        assert_follows(third_traffic, second_traffic);
+        assert_follows(&second_traffic, &first_traffic);
+        assert_follows(&third_traffic, &second_traffic);
     });
 }
 
@@ -167,7 +167,7 @@ fn a_lane_of_one_rank_keeps_its_order_behind_a_ticket_under_way() {
         assert!(!first.is_ready() && !second.is_ready());
         barrier.wait();
         let (_, second) = second.wait().unwrap();
-        assert_follows(first.wait().unwrap().1, sum.wait().unwrap().1);
+        assert_follows(&first.wait().unwrap().1, &sum.wait().unwrap().1);
         assert!(second.busy_seconds < LONG_ENOUGH.as_secs_f64());
         // 1 + 2 + 2 and 2 + 4 + 4.
         assert_eq!(floats(&into), [5.0, 10.0]);
