@@ -176,6 +176,15 @@ fn stages_switch_by_themselves_with_a_checkpoint_and_validation() {
     assert_eq!(saved, [4, 8]);
     let kept = fs::read_dir(run_dir.join("checkpoints")).unwrap().count();
     assert_eq!(kept, 2);
+
+    // Each stage needs the memory that was planned for it.
+    let log = fs::read_to_string(run_dir.join("logs/rank-0000.log")).unwrap();
+    for stage in ["short", "long"] {
+        let said = log.split(&format!("stage {stage}: memory planned ")).nth(1);
+        let share = said.and_then(|rest| rest.split(['(', '%']).nth(1)).unwrap();
+        let share: f64 = share.trim().parse().unwrap();
+        assert!((share - 100.0).abs() <= 5.0, "stage {stage}: {share} %");
+    }
 }
 
 /// What a step counts as follows from model and data, on however many ranks; a run may leave no

@@ -253,11 +253,11 @@ impl Relay {
     /// # Errors
     /// [`Error::Shim`], also for a failure of the work before.
     pub fn finish(&self) -> Result<(), Error> {
-        let marks = self.lanes.iter().flat_map(|lanes| {
+        let mut marks = self.lanes.iter().flat_map(|lanes| {
             let marks = [&lanes.arrived, &lanes.worked, &lanes.left];
             marks.into_iter().flatten()
         });
-        marks.map(Event::synchronize).collect()
+        marks.try_for_each(Event::synchronize)
     }
 
     /// Views of a buffer for a portion like `host`.
