@@ -65,7 +65,7 @@ cuda-check: setup ## kernels for GPUs compile without one, within limits of regi
 	nvrtc=$$(python3 -B tests/cuda/nvrtc.py) && OXITRON_NVRTC=$$nvrtc cargo test $(CARGO_FLAGS) \
 		--workspace --features oxitron/faults --lib -- cuda::compiler
 
-gpu-bundle: setup ## a folder that tests and measures kernels on a GPU machine with PyTorch alone
+gpu-bundle: setup ## a folder that tests and measures all of it on a GPU machine with PyTorch alone
 	python3 -B tests/gpu/make_bundle.py
 
 oracle: build ## golden files made again and exports loaded by transformers (5 GB the first time)

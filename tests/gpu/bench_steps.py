@@ -41,6 +41,7 @@ import shards
 from model import TINY
 
 DOCUMENT_TOKENS = 32768  # so that no sample holds the edge of one
+LONGEST_SECONDS = 200.0  # that one run may take of what is left
 STARTING_SECONDS = 15  # a run that is given less is not begun
 PEER = SHARED / "peers" / "device_peer.py"
 
@@ -143,13 +144,13 @@ class Bench:
         return [str(path), *sum(pairs, [])]
 
     def run(self, name: str, command: Sequence[str], environment: dict[str, str]) -> str:
-        """Runs a process within what is left of the time; what it said."""
+        """Runs a process within its part of what is left of the time; what it said."""
         output = self.folder / f"{name}.txt"
         left = self.ends - time.monotonic()
         if left < STARTING_SECONDS:
             raise Failed(NOT_RUN)
         try:
-            runs.run_to_end(command, output, environment, limit_seconds=left)
+            runs.run_to_end(command, output, environment, limit_seconds=min(left, LONGEST_SECONDS))
         except (runs.RunFailed, OSError) as error:
             kept = self.args.results / "steps" / output.name
             kept.parent.mkdir(parents=True, exist_ok=True)

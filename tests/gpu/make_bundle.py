@@ -40,12 +40,12 @@ RESULTS = "results"
 SCRIPTS = ("run-gpu-tests.sh", "run-gpu-bench.sh", "run_tests.py", "torch.sh")
 MEASURING = ("bench_steps.py", "demo_losses.py")
 FILES = (*SCRIPTS, *MEASURING, "step_cases.py", "step_rows.py", "tests.txt", "README.md")
-# What those need of the folders beside this one: how to run and to tell, the other side of the
-# comparison, what PyTorch has computed.
+# What scripts and tests need of the folders beside this one, by name or pattern: how to run and to
+# tell, the other side of the comparison, what PyTorch has computed.
 NEEDED = {
     "bench": ("model.py", "outcome.py", "runs.py", "shards.py"),
     "peers": ("attention.py", "device_peer.py", "hf_weights.py", "llama.py", "peer.py"),
-    run_tests.GOLDEN: ("train20.json", "train20.safetensors"),
+    run_tests.GOLDEN: ("*.json", "*.safetensors"),
 }
 
 # One choice of packages for all, so that their dependencies are compiled once.
@@ -202,10 +202,14 @@ def put_scripts(folder: Path) -> None:
     """Copies everything that is not built, and sees that what measures finds all of its parts."""
     for name in FILES:
         shutil.copy(HERE / name, folder / name)
-    for part, names in NEEDED.items():
+    for part, patterns in NEEDED.items():
         (folder / part).mkdir()
-        for name in names:
-            shutil.copy(HERE.parent / part / name, folder / part / name)
+        for pattern in patterns:
+            found = list((HERE.parent / part).glob(pattern))
+            if not found:
+                raise CannotMake(f"tests/{part} has no {pattern}")
+            for path in found:
+                shutil.copy(path, folder / part / path.name)
     for name in MEASURING:
         command = [sys.executable, "-B", folder / name, "--help"]
         done = subprocess.run(command, capture_output=True, text=True)

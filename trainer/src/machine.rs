@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use oxitron_kernels::{cuda, probe, simd};
 
 use crate::comm;
-use crate::metrics::units::bytes;
+use crate::metrics::{peaks, units::bytes};
 
 /// One thing that a run may need.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -66,7 +66,11 @@ impl Machine {
                     architecture,
                     memory,
                 } = device;
-                let found = format!("{name}, {architecture}, {}", bytes(memory));
+                let peak = peaks::bf16_tflops(&name).map_or_else(
+                    || "peak in bf16 unknown".to_owned(),
+                    |peak| format!("{peak} TFLOP/s in bf16 at most"),
+                );
+                let found = format!("{name}, {architecture}, {}, {peak}", bytes(memory));
                 fact(&format!("GPU {ordinal}"), Ok(found))
             })),
             // That there is no driver has been said.

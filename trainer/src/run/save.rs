@@ -20,8 +20,7 @@ impl Trainer<'_> {
     /// The save that is due after the step just taken, if any.
     pub(super) fn purpose(&self, stage_ended: bool, stop: bool) -> Option<Purpose> {
         let policy = &self.config.checkpoint;
-        let at_end = self.progress.stage >= self.config.stages.len();
-        if stage_ended && (policy.at_end || !at_end) {
+        if stage_ended && self.saves_state() {
             Some(Purpose::StageEnd)
         } else if self.due(policy.every_steps) {
             Some(Purpose::Regular)
@@ -35,6 +34,11 @@ impl Trainer<'_> {
         } else {
             None
         }
+    }
+
+    /// Whether the state of now is one to be saved where a stage or the run ends.
+    fn saves_state(&self) -> bool {
+        self.config.checkpoint.at_end || self.progress.stage < self.config.stages.len()
     }
 
     /// Saves the state of now. The step loop stands still while it is staged; it is written beside
@@ -269,8 +273,13 @@ impl Trainer<'_> {
     pub(super) fn settle(&mut self) -> Result<(), RunError> {
         self.end_parts()?;
         self.await_save();
+        let last_state = if self.saves_state() {
+            self.last_saved == Some(self.progress.step)
+        } else {
+            self.last_saved.is_some()
+        };
         // A run that was done when it started saves nothing.
-        let durable = self.saves == 0 || self.last_saved == Some(self.progress.step);
+        let durable = self.saves == 0 || last_state;
         if self.ranks.all(durable)? {
             return Ok(());
         }
