@@ -30,7 +30,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 import step_cases
-from step_cases import CASES, COMPILED, HERE, OURS, PEERS, REPEATED, SHARED, Case
+from step_cases import (
+    BINARY,
+    CASES,
+    COMPILED,
+    OURS,
+    PEERS,
+    REPEATED,
+    RESULTS,
+    SHARED,
+    Case,
+)
 from step_rows import NOT_RUN, Row, bars, gigabytes, print_bars, print_rows
 
 sys.path.insert(1, str(SHARED / "bench"))
@@ -50,9 +60,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="run-gpu-bench.sh steps", description=__doc__.splitlines()[0]
     )
-    default = HERE / "bin" / "oxitron"
-    binary = default if default.exists() else runs.default_binary()
-    parser.add_argument("--binary", type=Path, default=binary, help="default: %(default)s")
+    parser.add_argument("--binary", type=Path, default=BINARY, help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="four runs, few steps")
     parser.add_argument("--only", nargs="+", choices=CASES, metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--without-peers", action="store_true", help="Oxitron alone")
@@ -66,7 +74,7 @@ def arguments() -> argparse.Namespace:
         "--smoke", action="store_true", help="a small model on the processor: tries the script"
     )
     parser.add_argument("--plan", action="store_true", help="print planned memory, run nothing")
-    parser.add_argument("--results", type=Path, default=HERE / "results", metavar="FOLDER")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     args = parser.parse_args()
     if args.steps < 1 or args.warm_up < 1 or args.minutes <= 0:
         parser.error("--steps, --warm-up and --minutes are above 0")

@@ -26,7 +26,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from step_cases import DETERMINISTIC, DETERMINISTIC_ENVIRONMENT, HERE, SHARED
+from step_cases import BINARY, DETERMINISTIC, DETERMINISTIC_ENVIRONMENT, RESULTS, SHARED
 
 sys.path.insert(1, str(SHARED / "bench"))
 
@@ -48,12 +48,10 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="run-gpu-bench.sh losses", description=__doc__.splitlines()[0]
     )
-    default = HERE / "bin" / "oxitron"
-    binary = default if default.exists() else runs.default_binary()
-    parser.add_argument("--binary", type=Path, default=binary, help="default: %(default)s")
+    parser.add_argument("--binary", type=Path, default=BINARY, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=50, help="default: 50")
     parser.add_argument("--smoke", action="store_true", help="a small model, without a GPU")
-    parser.add_argument("--results", type=Path, default=HERE / "results", metavar="FOLDER")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     args = parser.parse_args()
     args.model = TINY if args.smoke else DEMO
     args.seq_len, args.samples = (128, 4) if args.smoke else (1024, 8)

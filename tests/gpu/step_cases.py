@@ -6,11 +6,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-# Beside this folder in the repository, in this folder where it was packed for a GPU machine.
-SHARED = HERE if (HERE / "bench").is_dir() else HERE.parent
+PACKED = (HERE / "bin").is_dir()  # for a GPU machine, and not in the repository
+# Modules that others need too.
+SHARED = HERE if PACKED else HERE.parent
 sys.path.insert(1, str(SHARED / "bench"))
 
+import runs
 from model import TINY, Model
+
+BINARY = HERE / "bin" / "oxitron" if PACKED else runs.default_binary()
+RESULTS = HERE / "results" if PACKED else runs.ROOT / "target" / "gpu-results"
 
 LLAMA_1_3B = Model(32000, 2048, 5504, num_layers=24, num_heads=16, num_kv_heads=16)
 INTERNLM2_1_8B = Model(
