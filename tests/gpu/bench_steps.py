@@ -39,6 +39,7 @@ from step_cases import (
     REPEATED,
     RESULTS,
     SHARED,
+    Again,
     Case,
 )
 from step_rows import NOT_RUN, Row, bars, gigabytes, print_bars, print_rows
@@ -209,7 +210,7 @@ class Bench:
         row.tokens_per_second = case.tokens / row.step_seconds
         row.peak_bytes = max(record["peak_bytes"] for record in records)
         row.note = case.note
-        counted = step_cases.flops(case, case.recomputes)
+        counted = step_cases.flops(case, case.again)
         if any(record["mfu"] is None for record in measured):
             return
         row.mfu_causal, row.mfu_full, row.hfu = (
@@ -246,7 +247,8 @@ class Bench:
         row.losses = [result["first_loss"], result["last_loss"]]
         row.note = case.peer_note or row.note
         if self.peak:
-            counted = step_cases.flops(case, "--recompute" in options)
+            again = Again.ALL if "--recompute" in options else Again.NOTHING
+            counted = step_cases.flops(case, again)
             parts = (counted.causal, counted.full, counted.hardware)
             available = row.step_seconds * self.peak
             row.mfu_causal, row.mfu_full, row.hfu = (part / available for part in parts)

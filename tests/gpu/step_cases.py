@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -67,8 +68,9 @@ class Case:
         return self.accumulation * self.micro_batch * self.seq_len
 
     @property
-    def recomputes(self) -> bool:
-        return self.settings.get("parallel.recompute", "none") != "none"
+    def again(self) -> "Again":
+        """Of Oxitron."""
+        return Again.NEEDED if RECOMPUTE.items() <= self.settings.items() else Again.NOTHING
 
     def smoke(self) -> "Case":
         """The same on a processor, in a moment."""
@@ -141,14 +143,30 @@ class Flops:
     hardware: float
 
 
-def flops(case: Case, recomputes: bool) -> Flops:
+class Again(Enum):
+    """What blocks compute a second time."""
+
+    NOTHING = 0
+    # Ours: not the last product, which makes the next block's input, and nothing of the last block.
+    NEEDED = 1
+    # PyTorch's: every block as a whole.
+    ALL = 2
+
+
+def flops(case: Case, again: Again) -> Flops:
     """Of samples that hold one document each."""
     model = case.model
     width, kv_width = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    projections = 2 * model.hidden_size * (width + kv_width)
-    blocks = model.num_layers * (projections + 3 * model.hidden_size * model.intermediate_size)
-    weights = blocks + model.hidden_size * model.vocab_size
-    pairs = model.num_layers * width * case.seq_len
-    causal = (6.0 * weights + 6.0 * pairs) * case.tokens
-    again = (2.0 * blocks + 2.0 * pairs) * case.tokens if recomputes else 0.0
-    return Flops(causal, (6.0 * weights + 12.0 * pairs) * case.tokens, causal + again)
+    product = model.hidden_size * model.intermediate_size
+    block = 2 * model.hidden_size * (width + kv_width) + 3 * product
+    weights = model.num_layers * block + model.hidden_size * model.vocab_size
+    pairs = width * case.seq_len
+    all_pairs = model.num_layers * pairs
+    causal = 6.0 * (weights + all_pairs) * case.tokens
+    second = {
+        Again.NOTHING: 0,
+        Again.NEEDED: (model.num_layers - 1) * (block - product + pairs),
+        Again.ALL: model.num_layers * (block + pairs),
+    }[again]
+    full = 6.0 * (weights + 2 * all_pairs) * case.tokens
+    return Flops(causal, full, causal + 2.0 * second * case.tokens)
