@@ -185,6 +185,11 @@ fn memory_of_the_gpu_and_of_the_host_are_told_apart() {
     let tight = [&cuda[..], &["--memory", &memory]].concat();
     assert_eq!(json_of(&config, &tight)["stages"][0]["fits"], false);
 
+    let full = [&cuda[..], &["--set", "parallel.recompute=full"]].concat();
+    let memory = (bytes(&json_of(&config, &full), "device_bytes") - 1).to_string();
+    plan(&config, &[&cuda[..], &["--memory", &memory]].concat())
+        .refused(2, &["what would fit: optimizer.offload = true ("]);
+
     let text = plan(&config, &offload).done().stdout;
     let [gpu, host] =
         ["GPU memory of a rank", "host memory of a rank"].map(|title| text.find(title).unwrap());

@@ -201,12 +201,6 @@ impl Relay {
         })
     }
 
-    /// Bytes of the buffers.
-    pub fn bytes(&self) -> usize {
-        let bytes = |buffer: &Tensor| buffer.numel() * buffer.kind().elt_size_in_bytes();
-        self.buffers.iter().flatten().map(bytes).sum()
-    }
-
     /// Lets `work` have a portion: the parts `host`, flat tensors of one length in (page-locked) host
     /// memory, as tensors on the device. `work` issues kernels on the current stream, before which
     /// everything that was issued on it comes; none of this is done on return. Until

@@ -182,7 +182,6 @@ fn what_does_not_fit_is_refused() {
     assert!(text.contains("BFloat16"), "{text}");
     let text = refused(&mut relay, [host(1, Kind::Float), host(1, Kind::Float)]);
     assert!(text.contains("2 parts, expected up to 1"), "{text}");
-    assert_eq!(relay.bytes(), 2 * 8 * 4);
 }
 
 #[test]
