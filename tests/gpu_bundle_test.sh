@@ -291,7 +291,7 @@ import step_cases
 command, arguments = sys.argv[1], sys.argv[2:]
 open("$log", "a").write(f"oxitron {' '.join(sys.argv[1:])}\n")
 if command == "plan":
-    print(json.dumps({"stages": [{"total_bytes": 10**9}]}))
+    print(json.dumps({"stages": [{"device_bytes": 10**9}]}))
 if command == "data":
     Path(arguments[-1]).mkdir()
 if command == "train":

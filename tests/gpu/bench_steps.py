@@ -177,7 +177,7 @@ class Bench:
         if done.returncode:
             print(f"{case.name}: {done.stderr.strip()}", file=sys.stderr, flush=True)
             return None
-        return json.loads(done.stdout)["stages"][0]["total_bytes"]
+        return json.loads(done.stdout)["stages"][0]["device_bytes"]
 
     def train(self, case: Case, settings: dict[str, str], name: str) -> list[dict]:
         """Records of a run of Oxitron."""
