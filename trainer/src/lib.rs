@@ -14,7 +14,7 @@
 //! | [`metrics`] | steps, events, TensorBoard, log lines |
 //! | [`zero`] | weights, gradients and sharded optimizer state, and the collectives that move them |
 //! | [`model`] | families as data; forward and backward without autograd |
-//! | [`comm`] | lanes and tickets over threads or MPI |
+//! | [`comm`] | lanes and tickets over threads, MPI or NCCL |
 //! | [`plan`] | mesh, units, shard map, the step as a list of actions: pure |
 //! | [`config`] | TOML to typed, validated structs: pure |
 //!

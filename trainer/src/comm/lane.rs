@@ -169,7 +169,7 @@ impl Lane {
 
     /// Sums slices over the ranks: `buffer` is `[size · slice]` f32; afterwards
     /// `buffer[index·slice..(index+1)·slice]` holds the sum over all ranks of that slice, added in
-    /// f32 in rank order, and the rest is unspecified.
+    /// f32 in rank order (on GPUs: with [`Wire::F32`], in NCCL's), and the rest is unspecified.
     pub fn reduce_scatter(&self, buffer: Tensor, wire: Wire) -> Ticket {
         let checked = Collective::reduce_scatter(&buffer, self.place, wire);
         self.submit("reduce-scatter", buffer, None, checked)

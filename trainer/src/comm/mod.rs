@@ -15,15 +15,20 @@
 //!                                        Transport: threads' mailboxes, MPI point-to-point
 //! ```
 //!
+//! A rank may have a GPU ([`Comm::open_gpu`]). Lanes carry tensors of it over NCCL (`nccl`), and those of
+//! the CPU as above: the device of a tensor decides. An operation is first data (`collective`), checked
+//! once, from which either way takes what it runs.
+//!
 //! What holds:
 //!
-//! - **One algorithm.** Collectives are written once (`schedule`) over non-blocking point-to-point
+//! - **One algorithm.** On CPUs, collectives are written once (`schedule`) over non-blocking point-to-point
 //!   messages (`transport`), so what the conformance suite proves on threads holds on processes.
 //!   MPI's own reductions are not used: Open MPI 4.1's reduce-scatter is a reduction to rank 0
 //!   followed by a scatter, which moves more bytes and takes several times as long.
 //! - **The same bits everywhere.** Sums are formed in rank order in f32 (f64 for f64), whatever the
 //!   order in which messages arrive and whoever owns the result; [`Wire::Bf16`] rounds each
-//!   contribution once, the own one too.
+//!   contribution once, the own one too. Between GPUs NCCL adds what travels as it is, in an order of
+//!   its own: the same bits on all ranks, and again on the same GPUs, but not those of the CPU.
 //! - **One order per lane; between lanes, events.** All ranks must queue the same operations on a
 //!   lane in the same order. Lanes never mix, each has its own message tag, and wait for each other
 //!   only where [`Lane::after`] says so: the communication thread holds the operation back until the
@@ -38,9 +43,9 @@
 //! - **A clean end.** [`Comm::finish`] returns when all ranks have left; [`Comm::abort`] is the last
 //!   resort that takes the others along.
 //!
-//! `unsafe` in this folder is of three kinds: the memory behind a tensor that travels with its
-//! operation (`buffer`, `schedule`), the addresses that threads exchange (`threads`), and raw MPI
-//! calls (`mpi`).
+//! `unsafe` in this folder is of four kinds: the memory behind a tensor that travels with its
+//! operation (`buffer`, `schedule`), the addresses that threads exchange (`threads`), and raw calls of
+//! MPI (`mpi`) and NCCL (`nccl`).
 
 mod active;
 mod alone;

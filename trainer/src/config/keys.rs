@@ -60,8 +60,8 @@ pub(super) const RUN: &[Key] = &[
     key("seed", Integer(0, i64::MAX as u64), Is("0"), "",
         "Seed of the initial weights and of the data order."),
     key("device", Choice(&["auto", "cpu", "cuda"]), Is("\"auto\""), "",
-        "Where to compute. `cuda` takes the GPU with the rank's number on its node; no GPU has \
-         confirmed it yet, so `auto` is the processor."),
+        "Where to compute. `cuda` takes the GPU with the rank's number on its node; `auto` does so \
+         where every rank has one, and takes the processor otherwise."),
     key("deterministic", Boolean, Is("false"), "",
         "The run, repeated on the same ranks and threads, gives the same bits: nothing is chosen by \
          measurement. A new run in bf16 on a processor with AMX then multiplies by itself; otherwise \

@@ -29,6 +29,8 @@ struct Rank {
 struct Local {
     /// Operations so far.
     operations: u64,
+    /// Those of them that all ranks take part in.
+    collectives: u64,
     splits: u64,
     polls: u32,
     /// A split under way: its number, and where the new communicator goes.
@@ -148,10 +150,12 @@ impl Rank {
         IN_PROGRESS
     }
 
-    fn next_operation(&self) -> u64 {
+    /// Counts an operation; its number among those of all ranks if it is one.
+    fn count(&self, of_all: bool) -> u64 {
         let mut local = self.local.lock().unwrap();
         local.operations += 1;
-        local.operations
+        local.collectives += u64::from(of_all);
+        local.collectives
     }
 
     fn collective(
@@ -168,7 +172,7 @@ impl Rank {
         if recv.0 != in_place && overlap(send, recv) {
             return self.refuse(INVALID_USAGE, "it receives where it sends from");
         }
-        let number = self.next_operation();
+        let number = self.count(true);
         let (send, recv) = (Address(send.0), Address(recv.0));
         // SAFETY: streams are the workers of lanes, which outlive their calls.
         let worker = unsafe { &*stream.cast::<Worker>() };
@@ -519,7 +523,7 @@ fn end_group() -> Code {
             return rank.refuse(INVALID_USAGE, "a group receives where it sends or receives");
         }
     }
-    rank.next_operation();
+    rank.count(false);
     let (sends, receives) = (group.sends, group.receives);
     // SAFETY: streams are the workers of lanes, which outlive their calls.
     let worker = unsafe { &*(group.stream as *const Worker) };
