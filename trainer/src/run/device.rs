@@ -33,14 +33,12 @@ pub(super) fn open(config: &Config, comm: &Comm, ranks: &Ranks) -> Result<tch::D
         config::Device::Auto if !cuda::has_driver() => Err("no NVIDIA driver".to_owned()),
         config::Device::Auto | config::Device::Cuda => find(comm),
     };
-    if config.run.device == config::Device::Auto {
-        if !ranks.all(found.is_ok())? {
-            // Without a driver nobody expects anything else.
-            if let (Err(reason), true) = (&found, cuda::has_driver()) {
-                tracing::info!("device auto: the processor, because of this: {reason}");
-            }
-            return Ok(tch::Device::Cpu);
+    if config.run.device == config::Device::Auto && !ranks.all(found.is_ok())? {
+        // Without a driver nobody expects anything else.
+        if let (Err(reason), true) = (&found, cuda::has_driver()) {
+            tracing::info!("device auto: the processor, because of this: {reason}");
         }
+        return Ok(tch::Device::Cpu);
     }
     let refused = |reason: String| RunError::Plan(format!("`run.device`: {reason}"));
     let numerics = Numerics {

@@ -27,6 +27,7 @@ mod calls;
 mod communicator;
 mod copies;
 #[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::panic)]
 mod emulated;
 mod lane;
 mod library;
@@ -174,7 +175,7 @@ impl Gpus {
 
     /// Aborts everything, because the step is given up.
     pub(super) fn interrupt(&self) {
-        self.abort_with(|label| communicator::interrupted(label));
+        self.abort_with(communicator::interrupted);
     }
 
     /// Aborts everything because of `reason`.
