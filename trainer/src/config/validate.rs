@@ -133,7 +133,7 @@ impl Check<'_> {
             return;
         }
         let device = match config.run.device {
-            Device::Auto => "\"auto\", which is the processor",
+            Device::Auto => "\"auto\", which may be the processor",
             _ => "\"cpu\"",
         };
         let message = format!(

@@ -3,10 +3,10 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod ahead;
-mod gpus;
 mod parity;
 mod precision;
 mod ranks;
+mod ranks_on_gpus;
 mod repetition;
 mod resharding;
 mod runner;

@@ -32,9 +32,9 @@ mod emulated;
 mod lane;
 mod library;
 mod pending;
-mod stream;
 #[cfg(test)]
-mod tests;
+mod ranks;
+mod stream;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};

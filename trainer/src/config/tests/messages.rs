@@ -274,7 +274,7 @@ fn offload_needs_memory_other_than_the_processors() {
     let auto = minimal_with("lr = 1e-3", "lr = 1e-3\noffload = true");
     assert_text(
         &refusal(&auto),
-        "`optimizer.offload` is true with `run.device` \"auto\", which is the processor: it computes \
+        "`optimizer.offload` is true with `run.device` \"auto\", which may be the processor: it computes \
 in host memory already, and there is no other to move the optimizer's state to
   --> run.toml:10:11
    |
