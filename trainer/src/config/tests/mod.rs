@@ -1,6 +1,7 @@
 //! Tests of the configuration as a whole.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod damaged;
 mod difference;
 mod examples;
 mod messages;
