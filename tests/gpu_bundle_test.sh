@@ -303,7 +303,7 @@ if command == "train":
     )
     if case.model.hidden_size == 4096:
         sys.exit("RuntimeError: CUDA out of memory. Tried to allocate 1 GiB\nand more words")
-    flops = step_cases.flops(case, case.recomputes)
+    flops = step_cases.flops(case, case.again)
     seconds = flops.full / 0.55 / 989e12
     share = 1 / seconds / 989e12
     record = {
@@ -324,7 +324,7 @@ if "--compile" not in arguments and "--recompute" not in arguments:
 sizes = json.loads(arguments[arguments.index("--model") + 1])
 case = step_cases.CASES["1.3B at 4096"]
 assert sizes == case.model.sizes(), sizes
-seconds = step_cases.flops(case, False).full / 0.55 / 989e12 * 1.25
+seconds = step_cases.flops(case, step_cases.Again.NOTHING).full / 0.55 / 989e12 * 1.25
 print(json.dumps({
     "parameters": case.model.parameters, "step_seconds": [seconds] * 3, "peak_bytes": 3 * 10**9,
     "first_loss": 10.0, "last_loss": 9.9,
