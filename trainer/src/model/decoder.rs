@@ -8,7 +8,7 @@ use super::{
     activations::Precision,
     llama,
     op::{BlockRun, Heads},
-    program::Program,
+    program::{Program, Slot},
 };
 use crate::config::{Dtype, ModelConfig, Recompute};
 
@@ -128,16 +128,7 @@ impl Decoder {
             activations.stopwatch.lap("embedding", "stream");
             return Ok(());
         }
-        let Activations {
-            blocks,
-            workspace,
-            stopwatch,
-            ..
-        } = activations;
-        let (slots, tools) = (&mut blocks[layer - 1], (workspace, stopwatch));
-        let mut run = self.block_run(layer, &weights[0], batch, rope, slots, tools);
-        let mut ops = self.program.ops.iter();
-        ops.try_for_each(|op| run.forward(op, |_| true))
+        self.run_block(layer, weights, batch, rope, activations, |_| true)
     }
 
     /// Runs again what of block `layer` its backward reads and other blocks have overwritten since.
@@ -154,18 +145,31 @@ impl Decoder {
     ) -> Result<(), ModelError> {
         self.check_batch(batch, activations)?;
         activations.stopwatch.start();
+        let recompute = activations.recompute;
+        let lost = |slot| self.program.is_lost(slot, recompute);
+        self.run_block(layer, weights, batch, rope, activations, lost)
+    }
+
+    /// Runs the operations of block `layer` that make a slot which is wanted.
+    fn run_block(
+        &self,
+        layer: usize,
+        weights: &LayerWeights,
+        batch: &Batch,
+        rope: &RopeTable,
+        activations: &mut Activations,
+        wanted: impl Fn(Slot) -> bool,
+    ) -> Result<(), ModelError> {
         let Activations {
             blocks,
             workspace,
             stopwatch,
-            recompute,
             ..
         } = activations;
         let (slots, tools) = (&mut blocks[layer - 1], (workspace, stopwatch));
         let mut run = self.block_run(layer, &weights[0], batch, rope, slots, tools);
-        let lost = |slot| self.program.is_lost(slot, *recompute);
         let mut ops = self.program.ops.iter();
-        ops.try_for_each(|op| run.forward(op, lost))
+        ops.try_for_each(|op| run.forward(op, &wanted))
     }
 
     /// Runs the final norm, the head and the loss, which is added to that of `activations`.
